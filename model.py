@@ -1,0 +1,705 @@
+"""GPT-2 and its variants in one file: every architecture switch is a field of GPTConfig.
+
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(pos="rope", n_kv_head=4, mlp="swiglu", norm="rmsnorm"))
+    logits, _ = model(idx)          # every position
+    _, loss = model(idx, targets)   # the mean loss, without ever holding all logits
+    model = GPT.from_checkpoint("runs/quickstart")   # or "gpt2", or a Hugging Face folder
+
+Papers: GPT-2 (Radford et al. 2019), sinusoidal positions (Vaswani et al. 2017), RoPE (Su et al.
+2021), ALiBi (Press et al. 2022), Kerple (Chi et al. 2022), FIRE (Li et al. 2024), GQA (Ainslie et
+al. 2023), SwiGLU (Shazeer 2020), ReLU^2 (So et al. 2021), RMSNorm (Zhang and Sennrich 2019),
+sliding windows (Beltagy et al. 2020; Mistral, Jiang et al. 2023).
+
+Shapes: B batch, T positions (Tq queries, Tk keys), C = n_embd, nh = n_head, nkv = n_kv_head,
+hs = C / nh, V = vocab_size. Parameter names are nanoGPT's.
+"""
+
+import json
+import math
+import os
+import zlib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# The choices of pos, norm and mlp are the keys of the dicts below: a new one is added in one place.
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    """context length in tokens"""
+    vocab_size: int = 50304
+    """rows of the embedding and the head: GPT-2's 50,257 ids, padded to a multiple of 128"""
+    vocab_used: int = 50257
+    """ids from here up only pad the matrices: they are never sampled"""
+    n_layer: int = 12
+    """transformer blocks"""
+    n_head: int = 12
+    """query heads"""
+    n_kv_head: int = 0
+    """key and value heads: fewer than n_head is GQA, 1 is MQA, 0 means n_head"""
+    n_embd: int = 768
+    """width of the residual stream"""
+    pos: "Literal[tuple(POSITIONS)]" = "learned"
+    """position encoding"""
+    norm: "Literal[tuple(NORMS)]" = "layernorm"
+    """normalisation before attention, before the MLP and before the head"""
+    norm_eps: float = 1e-5
+    """epsilon inside the normalisation"""
+    mlp: "Literal[tuple(MLPS)]" = "gelu"
+    """feed-forward network"""
+    mlp_hidden: int = 0
+    """hidden width of the MLP; 0 = 4 n_embd, or for swiglu the width of equal parameters"""
+    window: int = 0
+    """sliding window: a query attends to this many keys, itself included; 0 = full attention"""
+    window_pattern: str = ""
+    """which layers are windowed, repeated over depth: S windowed, L full; empty = all are S"""
+    bias: bool = True
+    """biases in the linear layers and LayerNorms"""
+    dropout: float = 0.0
+    """dropout on embeddings, attention and residual branches"""
+    tie_embeddings: bool = True
+    """the head shares the token embedding's matrix"""
+    rope_theta: float = 10000.0
+    """base of RoPE's wavelengths"""
+
+    def __post_init__(self):
+        for name, table in (("pos", POSITIONS), ("norm", NORMS), ("mlp", MLPS)):
+            if getattr(self, name) not in table:
+                valid = ", ".join(table)
+                raise ValueError(f"{name} '{getattr(self, name)}' is none of: {valid}")
+        for name in ("block_size", "vocab_size", "vocab_used", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if min(self.n_kv_head, self.mlp_hidden, self.window) < 0:
+            raise ValueError("n_kv_head, mlp_hidden and window must be 0 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
+                f"try --n_embd {math.ceil(self.n_embd / self.n_head) * self.n_head}"
+            )
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; "
+                f"each key head serves n_head / n_kv_head query heads"
+            )
+        if self.pos == "rope" and self.head_size % 2:
+            raise ValueError(f"rope turns pairs of channels: head size {self.head_size} is odd")
+        if self.window_pattern.strip("SL"):
+            raise ValueError(f"window_pattern '{self.window_pattern}' may hold only S and L")
+        if self.window_pattern and not self.window:
+            raise ValueError("window_pattern needs a window: add --window W")
+        if not self.mlp_hidden:
+            self.mlp_hidden = MLPS[self.mlp].default_hidden(self.n_embd)
+
+    @property
+    def head_size(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def windows(self):
+        """The window of each layer, 0 for full attention: a list of n_layer ints."""
+        pattern = self.window_pattern or "S"
+        return [self.window if pattern[i % len(pattern)] == "S" else 0 for i in range(self.n_layer)]
+
+
+# ----------------------------------------------------------------------------- normalisation
+
+NORMS = {
+    "layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
+    # x / sqrt(mean(x^2) + eps) * weight, the mean over the C channels of one token
+    "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, config.norm_eps),
+}
+
+
+# ----------------------------------------------------------------------------- positions
+
+
+class NoPosition(nn.Module):
+    """What a position encoding may do; each one below overrides only what it uses.
+
+    Everything is a function of absolute positions (int64), computed once a forward pass and
+    shared by all layers. On its own: no encoding, order is known only through the causal mask.
+    """
+
+    extrapolates = True  # runs beyond block_size
+
+    def __init__(self, config):
+        super().__init__()
+
+    def embed(self, pos):
+        """(T,) -> (T, C) added to the token embeddings, or None."""
+
+    def rotation(self, pos):
+        """(T,) -> cos and sin, (T, hs / 2) each, that turn queries and keys, or None."""
+
+    def bias(self, q_pos, k_pos):
+        """(Tq,), (Tk,) -> (nh, Tq, Tk) added to the attention scores, or None."""
+
+
+class Learned(NoPosition):
+    """A trained vector per position (GPT-2): none exist beyond block_size."""
+
+    extrapolates = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.zeros(config.block_size, config.n_embd))
+
+    def embed(self, pos):
+        return F.embedding(pos, self.weight)  # (T, C)
+
+
+class RoPE(NoPosition):
+    """Su et al. 2021, eq. 34: channels (i, i + hs/2) turn by the angle pos * theta^(-2i/hs).
+
+    The pairing is GPT-NeoX's and Llama's, so that their weights load unchanged.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.hs, self.theta = config.head_size, config.rope_theta
+
+    def rotation(self, pos):
+        i = torch.arange(0, self.hs, 2, device=pos.device)
+        angle = pos[:, None] * self.theta ** (-i / self.hs)  # (T, hs/2)
+        return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the channel pairs of x (B, nh, T, hs) by the angles behind cos, sin (T, hs/2)."""
+    a, b = x.float().chunk(2, dim=-1)  # (B, nh, T, hs/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+POSITIONS = {"learned": Learned, "rope": RoPE, "none": NoPosition}
+
+
+# ----------------------------------------------------------------------------- attention
+
+
+class Attention(nn.Module):
+    """Causal self-attention; query head h reads key head h // (nh / nkv) (GQA, Ainslie 2023)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.nh, self.nkv, self.hs = config.n_head, config.n_kv_head, config.head_size
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, (self.nh + 2 * self.nkv) * self.hs, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, rotation, mask, cache=None):
+        """x (B, T, C); rotation and mask as GPT.features makes them; cache one layer's KVCache."""
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split((C, self.nkv * self.hs, self.nkv * self.hs), dim=2)
+        q = q.view(B, T, self.nh, self.hs).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.nkv, self.hs).transpose(1, 2)  # (B, nkv, T, hs)
+        v = v.view(B, T, self.nkv, self.hs).transpose(1, 2)  # (B, nkv, T, hs)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, nkv, Tk, hs)
+        if self.nkv != self.nh:
+            # SDPA's own enable_gqa falls to its slowest kernel in fp32 and with a mask
+            k = k.repeat_interleave(self.nh // self.nkv, dim=1)  # (B, nh, Tk, hs)
+            v = v.repeat_interleave(self.nh // self.nkv, dim=1)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+def attention_mask(q_pos, k_pos, window, bias):
+    """Who may look at whom: (Tq,), (Tk,) -> True where query may see key (Tq, Tk), or with a
+    bias (nh, Tq, Tk) that bias, -inf where it may not. Causal, and within the window if any."""
+    distance = q_pos[:, None] - k_pos[None, :]  # (Tq, Tk)
+    visible = distance >= 0
+    if window:
+        visible = visible & (distance < window)
+    return visible if bias is None else bias.masked_fill(~visible, -math.inf)
+
+
+class LayerCache:
+    """One layer's keys and values, a ring of `size` positions: position p lies in slot p % size."""
+
+    def __init__(self, size):
+        self.size, self.k, self.v = size, None, None
+
+    def update(self, k, v):
+        """Store k, v (B, nkv, T, hs) of the newest positions -> what their queries attend to."""
+        T = k.size(2)
+        if self.k is None:
+            self.k = k.new_zeros(*k.shape[:2], self.size, k.size(3))
+            self.v = torch.zeros_like(self.k)
+        slots = self.slots[-self.size :]
+        if T == 1:  # decoding: the oldest position, just out of the window, makes room
+            self.k[:, :, slots], self.v[:, :, slots] = k, v
+            return self.k, self.v
+        # a chunk: its first queries still need what its last keys are about to overwrite
+        seen = (k, v) if self.empty else (torch.cat((self.k, k), 2), torch.cat((self.v, v), 2))
+        self.k[:, :, slots] = k[:, :, -self.size :]
+        self.v[:, :, slots] = v[:, :, -self.size :]
+        return seen
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for generation of up to `length` positions.
+
+    They are stored after rotation, nkv heads of them, and a windowed layer keeps its last W only.
+    """
+
+    FAR = 2**62  # the position of an empty slot: in every query's future, so never visible
+
+    def __init__(self, config, length):
+        self.length, self.seen = length, 0
+        self.layers = [LayerCache(min(w, length) if w else length) for w in config.windows]
+        self.positions = {}  # ring size -> (size,) the position in each slot
+
+    def place(self, pos):
+        """Make room for the tokens at pos (T,), contiguous -> {ring size: positions (Tk,) that
+        their queries attend to}, masks still to be applied."""
+        if self.seen + len(pos) > self.length:
+            raise ValueError(f"the cache holds {self.length} positions, {len(pos)} more do not fit")
+        attend = {}
+        for layer in self.layers:
+            size = layer.size
+            layer.slots, layer.empty = pos % size, self.seen == 0
+            if size in attend:
+                continue
+            before = self.positions.get(size, torch.full((size,), self.FAR, device=pos.device))
+            after = before.clone()
+            after[layer.slots[-size:]] = pos[-size:]
+            self.positions[size] = after
+            if len(pos) == 1:
+                attend[size] = after
+            else:
+                attend[size] = pos if layer.empty else torch.cat((before, pos))
+        self.seen += len(pos)
+        return attend
+
+
+# ----------------------------------------------------------------------------- MLP and block
+
+
+class MLP(nn.Module):
+    """c_proj(activation(c_fc(x))), four times as wide inside."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+
+    @staticmethod
+    def default_hidden(n_embd):
+        return 4 * n_embd
+
+    def forward(self, x):
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class GELU(MLP):
+    """GPT-2's: the tanh approximation (Hendrycks and Gimpel 2016)."""
+
+    def activation(self, x):
+        return F.gelu(x, approximate="tanh")
+
+
+class ReLU2(MLP):
+    """Squared ReLU (So et al. 2021)."""
+
+    def activation(self, x):
+        return F.relu(x).square()
+
+
+class SwiGLU(MLP):
+    """c_proj(silu(gate) * up) (Shazeer 2020, eq. 6); c_fc holds gate and up, in this order."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.c_fc = nn.Linear(config.n_embd, 2 * config.mlp_hidden, bias=config.bias)
+
+    @staticmethod
+    def default_hidden(n_embd):
+        """8/3 n_embd, three matrices of it as large as GELU's two, to the next multiple of 8."""
+        return math.ceil(8 * n_embd / 3 / 8) * 8
+
+    def activation(self, x):
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+MLPS = {"gelu": GELU, "relu2": ReLU2, "swiglu": SwiGLU}
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = NORMS[config.norm](config)
+        self.attn = Attention(config)
+        self.ln_2 = NORMS[config.norm](config)
+        self.mlp = MLPS[config.mlp](config)
+        self.dropout = config.dropout
+
+    def forward(self, x, rotation, mask, cache=None):
+        x = x + self.attn(self.ln_1(x), rotation, mask, cache)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+
+
+# ----------------------------------------------------------------------------- the loss
+
+
+def loss_chunks(n):
+    """Slices over n rows of logits: few enough to unroll, and small enough (512 rows of GPT-2's
+    vocabulary are 100 MB in fp32) that the logits never matter for memory."""
+    size = max(512, math.ceil(n / 16))
+    return [slice(i, i + size) for i in range(0, n, size)]
+
+
+class MeanCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of the logits x @ weight.T over the rows with target >= 0.
+
+    x (N, C), weight (V, C), targets (N,) -> a scalar, in fp32. The logits exist a chunk of rows
+    at a time, and their gradient is made while they do: no logits are kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        w = weight.to(x.dtype)
+        count = (targets >= 0).sum().clamp(min=1)
+        loss = x.new_zeros((), dtype=torch.float32)
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+        for rows in loss_chunks(len(x)):
+            keep = (targets[rows] >= 0)[:, None]
+            target = targets[rows].clamp(min=0)[:, None]
+            logp = (x[rows] @ w.T).log_softmax(-1, dtype=torch.float32)  # (chunk, V)
+            loss = loss - (logp.gather(1, target) * keep).sum()
+            # d loss / d logits = softmax - one-hot; the division by count waits for the
+            # backward pass, where it meets the loss scale, so that fp16 does not underflow
+            grad = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logp.dtype))
+            grad = grad.mul_(keep).to(x.dtype)
+            dx[rows] = grad @ w
+            if grad.dtype == dw.dtype:
+                dw.addmm_(grad.T, x[rows])
+            else:  # each chunk's product is rounded once, their sum is kept in fp32
+                dw += grad.T @ x[rows]
+        ctx.save_for_backward(dx, dw, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, count = ctx.saved_tensors
+        scale = grad / count
+        return dx * scale, dw * scale, None
+
+
+def cross_entropies(x, weight, targets):
+    """Cross entropy of every row, (N, C), (V, C), (N,) -> (N,) fp32, 0 where target is -1; for
+    evaluation: no logits outlive their chunk."""
+    w = weight.to(x.dtype)
+    losses = [
+        F.cross_entropy((x[rows] @ w.T).float(), targets[rows], ignore_index=-1, reduction="none")
+        for rows in loss_chunks(len(x))
+    ]
+    return torch.cat(losses) if losses else x.new_zeros(0, dtype=torch.float32)
+
+
+# ----------------------------------------------------------------------------- the model
+
+
+class GPT(nn.Module):
+    """The language model. Initial weights depend only on torch's seed and the parameter's name,
+    so two variants built after the same torch.manual_seed start with equal shared weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=POSITIONS[config.pos](config),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=NORMS[config.norm](config),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights(seed=int(torch.randint(2**31, ())))
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """GPT-2's: N(0, 0.02), residual projections by 1/sqrt(2 n_layer) smaller, biases 0."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 2 and p.device.type != "meta":
+                std = 0.02
+                if name.endswith("c_proj.weight"):
+                    std /= math.sqrt(2 * self.config.n_layer)
+                generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+                p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) -> logits (B, T, V) and None; with targets (B, T), -1 where there is none,
+        None and the mean cross entropy in nats (fp32 scalar)."""
+        x = self.features(idx)
+        if targets is None:
+            return self.lm_head(x), None
+        x, targets = self.head_input(x.flatten(0, 1)), targets.flatten()
+        if torch.is_grad_enabled():
+            return None, MeanCrossEntropy.apply(x, self.lm_head.weight, targets)
+        losses = cross_entropies(x, self.lm_head.weight, targets)
+        return None, losses.sum() / (targets >= 0).sum().clamp(min=1)
+
+    def features(self, idx, cache=None):
+        """idx (B, T) -> what the head reads, (B, T, C). With a cache, idx continues it."""
+        start, T = (cache.seen if cache else 0), idx.size(1)
+        wpe = self.transformer.wpe
+        if start + T > self.config.block_size and not wpe.extrapolates:
+            raise ValueError(
+                f"{start + T} tokens are more than block_size {self.config.block_size}, and pos "
+                f"'{self.config.pos}' has no positions beyond it; shorten the text, or train with "
+                f"a relative encoding such as --pos rope"
+            )
+        pos = torch.arange(start, start + T, device=idx.device)  # (T,)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        embedded = wpe.embed(pos)
+        if embedded is not None:
+            x = x + embedded
+        x = F.dropout(x, self.config.dropout, self.training)
+        rotation = wpe.rotation(pos)
+
+        seen = cache.place(pos) if cache else {}
+        masks, windows = {}, self.config.windows
+        for i, window in enumerate(windows):
+            if window not in masks:  # layers of the same window share their mask
+                k_pos = seen[cache.layers[i].size] if cache else pos
+                bias = wpe.bias(pos, k_pos)
+                plain = k_pos is pos and bias is None and not 0 < window < T
+                # None: plain causal attention, for which SDPA has its fastest kernel
+                masks[window] = None if plain else attention_mask(pos, k_pos, window, bias)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, rotation, masks[windows[i]], cache.layers[i] if cache else None)
+        return self.transformer.ln_f(x)
+
+    @torch.no_grad()
+    def token_losses(self, idx, targets):
+        """Cross entropy in nats of each target, (B, T) -> (B, T) fp32; 0 where target is -1.
+
+        Only positions that have a target cost logits. For evaluation: no gradient."""
+        wanted = targets >= 0
+        x = self.head_input(self.features(idx)[wanted])  # (N, C)
+        result = torch.zeros(targets.shape, device=idx.device)
+        result[wanted] = cross_entropies(x, self.lm_head.weight, targets[wanted])
+        return result
+
+    @staticmethod
+    def head_input(x):
+        """Autocast leaves the last norm's output in fp32; the head's product runs in its dtype."""
+        device = x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+    # ------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        use_cache=True,
+        generator=None,
+    ):
+        """Yield the next token of every row of idx (B, T), (B,) at a time.
+
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest
+        likeliest whose probabilities reach p. Padding ids (vocab_used and up) are never drawn.
+        """
+        cache = KVCache(self.config, idx.size(1) + max_new_tokens) if use_cache else None
+        fresh = idx
+        for _ in range(max_new_tokens):
+            x = self.features(fresh if use_cache else idx, cache)
+            logits = self.lm_head(x[:, -1]).float()[:, : self.config.vocab_used]  # (B, V used)
+            fresh = sample_token(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
+            idx = torch.cat((idx, fresh), dim=1)
+            yield fresh[:, 0]
+
+    def generate(self, idx, max_new_tokens, *args, **kwargs):
+        """idx (B, T) -> (B, T + max_new_tokens); the options are those of stream."""
+        new = [token[:, None] for token in self.stream(idx, max_new_tokens, *args, **kwargs)]
+        return torch.cat([idx, *new], dim=1)
+
+    # ------------------------------------------------------------------------- size and cost
+
+    def num_params(self):
+        """All parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T=None):
+        """Training FLOPs per token at context T (default block_size): 6 N + 12 n_layer n_embd T
+        (PaLM, appendix B), where N counts the head but no position table, and a windowed layer
+        counts min(window, T) keys."""
+        c, T = self.config, T or self.config.block_size
+        N = self.num_params() - sum(p.numel() for p in self.transformer.wpe.parameters())
+        if not c.tie_embeddings:
+            N -= self.transformer.wte.weight.numel()  # a look-up, not a product
+        return 6 * N + 12 * c.n_embd * sum(min(w, T) if w else T for w in c.windows)
+
+    # ------------------------------------------------------------------------- loading
+
+    @classmethod
+    def from_checkpoint(cls, path):
+        """Load a step folder, a run folder (its latest step), a Hugging Face folder or hub name."""
+        folder = Path(path)
+        if (folder / "latest").is_file():
+            folder = folder / (folder / "latest").read_text().strip()
+        if not folder.is_dir():
+            if folder.exists():
+                raise ValueError(f"{path} is a file; give the folder that holds model.safetensors")
+            return cls.from_pretrained(str(path))
+        config = read_json(folder / "config.json")
+        if "model" not in config:
+            return cls.from_pretrained(folder)
+        known = {f.name for f in fields(GPTConfig)}
+        unknown = sorted(set(config["model"]) - known)
+        if unknown:
+            raise ValueError(f"{folder} is of another version: it sets {', '.join(unknown)}")
+        model = cls.empty(GPTConfig(**config["model"]))
+        return model.load_weights(read_safetensors(folder / "model.safetensors"), folder)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        """Load GPT-2 weights in Hugging Face's layout, from a folder or from the hub ("gpt2")."""
+        folder = Path(name_or_folder)
+        if not folder.is_dir():
+            folder = download_from_hub(str(name_or_folder))
+        hf = read_json(folder / "config.json")
+        if hf.get("model_type") != "gpt2":
+            raise ValueError(f"{folder}: model_type '{hf.get('model_type')}' is not gpt2")
+        activation = hf.get("activation_function", "gelu_new")
+        if activation not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise ValueError(f"{folder}: activation {activation} has no switch here")
+        model = cls.empty(
+            GPTConfig(
+                block_size=hf["n_positions"],
+                vocab_size=hf["vocab_size"],
+                n_layer=hf["n_layer"],
+                n_head=hf["n_head"],
+                n_embd=hf["n_embd"],
+                mlp_hidden=hf.get("n_inner") or 0,
+                norm_eps=hf["layer_norm_epsilon"],
+                tie_embeddings=hf.get("tie_word_embeddings", True),
+            )
+        )
+        weights = {}
+        for name, w in read_safetensors(folder / "model.safetensors").items():
+            name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # the causal mask, a buffer
+            if name.endswith(GPT2_CONV1D):
+                w = w.t()  # Hugging Face's Conv1D holds (in, out)
+            weights[name] = w
+        return model.load_weights(weights, folder)
+
+    @classmethod
+    def empty(cls, config):
+        """A model whose weights are about to be loaded: no time is spent on drawing them."""
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to_empty(device="cpu")
+        if config.tie_embeddings:
+            model.lm_head.weight = model.transformer.wte.weight
+        return model.eval()
+
+    def load_weights(self, weights, origin):
+        """Fill every parameter from a state dict; names and shapes must match exactly."""
+        weights = dict(weights)
+        if self.config.tie_embeddings:
+            weights.setdefault("lm_head.weight", weights.get("transformer.wte.weight"))
+        own = self.state_dict()
+        for word, names in (("lacks", own.keys() - weights.keys()),
+                            ("has unknown", weights.keys() - own.keys())):  # fmt: skip
+            if names:
+                raise ValueError(f"{origin} {word} tensors {', '.join(sorted(names)[:3])}")
+        for name, w in weights.items():
+            if w.shape != own[name].shape:
+                have, want = tuple(w.shape), tuple(own[name].shape)
+                raise ValueError(f"{origin}: {name} has shape {have}, the config asks for {want}")
+        self.load_state_dict(weights)
+        return self
+
+
+GPT2_CONV1D = tuple(f"{m}.weight" for m in ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"))
+
+
+def sample_token(logits, temperature, top_k, top_p, generator=None):
+    """Draw one token a row: logits (B, V) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= top_p  # reached before this token, so not needed
+        logits = logits.scatter(1, order, ordered.masked_fill(beyond, -math.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"no {path}: give a step, run or Hugging Face folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def read_safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not os.path.exists(path):
+        raise ValueError(f"no {path}; weights load from safetensors files only")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def download_from_hub(name):
+    """Fetch config.json and model.safetensors of a hub repo -> their folder in the hub's cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(name, "config.json")
+        return Path(hf_hub_download(name, "model.safetensors")).parent
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"'{name}' is neither a checkpoint folder nor a model the hub gave: {reason}"
+        ) from None
+
+
+def config_dict(config):
+    """A GPTConfig as the plain dict that config.json holds."""
+    return asdict(config)

@@ -32,6 +32,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import warnings
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -46,8 +47,7 @@ N_VOCAB = 50257
 VAL_TOKENS = 10_485_760  # the automatic val shard: 20 batches of 2^19 tokens
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's .bin header: 256 int32
 BATCH_CHARS = 1 << 20  # text in one encoding task; bounds memory and amortises the thread hop
-TXT_PIECE = 1 << 24  # a .txt longer than this is encoded piece by piece
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+TXT_PIECE = 1 << 22  # a .txt longer than this is encoded piece by piece
 BACKOFF_SECONDS, TRIES = 1.0, 6  # hub downloads wait 1, 2, 4, 8, 16 seconds (plus jitter)
 OFFLINE = "without a network use --source pydocs or a local file or folder"
 PYDOCS_PACKAGES = (
@@ -277,7 +277,7 @@ def info(folder):
         try:
             shard = open_shard(path)
             documents = check_ids(path, shard)
-            if sha256(path) != recorded.get(name, sha256(path)):
+            if name in recorded and sha256(path) != recorded[name]:
                 raise ValueError(f"{path} differs from what was written (sha256 in manifest.json)")
         except (ValueError, OSError) as error:
             bad.append(str(error))
@@ -376,7 +376,8 @@ def space_boundary(text):
     return i
 
 
-READERS = {"parquet": read_parquet, "jsonl": read_jsonl, "txt": read_txt}
+READERS = {".parquet": read_parquet, ".txt": read_txt}
+READERS |= dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst"), read_jsonl)
 
 
 def read_source(source, position):
@@ -391,7 +392,7 @@ def read_source(source, position):
         if source.remote and i > position["file"]:
             yield None
         path, start = source.fetch(i), position["record"] if i == position["file"] else 0
-        reader = READERS[re.search(r"\.(parquet|jsonl|txt)", path[-12:])[1]]
+        reader = next(READERS[suffix] for suffix in READERS if path.endswith(suffix))
         try:
             for number, text, is_start, part in reader(path, start):
                 if not isinstance(text, str | None):
@@ -414,13 +415,13 @@ def open_source(config, recorded):
         path = write_pydocs(downloads)
         files = [[path, os.path.getsize(path)]]
         return Source(files, {"sha256": sha256(path)}, lambda i: path, remote=False)
-    if os.path.exists(config.source):
+    if is_local(config.source):
         paths = [config.source]
         if os.path.isdir(config.source):
             found = (os.path.join(d, n) for d, _, names in os.walk(config.source) for n in names)
-            paths = sorted(path for path in found if path.endswith(SUFFIXES))
-        if not paths or not paths[0].endswith(SUFFIXES):
-            raise ValueError(f"no {', '.join(SUFFIXES)} file at {config.source}")
+            paths = sorted(path for path in found if path.endswith(tuple(READERS)))
+        if not paths or not paths[0].endswith(tuple(READERS)):
+            raise ValueError(f"no {', '.join(READERS)} file at {config.source}")
         files = [[os.path.relpath(p, config.source), os.path.getsize(p)] for p in paths]
         return Source(files, {"files": files}, lambda i: paths[i], remote=False)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.source):
@@ -428,6 +429,10 @@ def open_source(config, recorded):
     identity = recorded or hub_files(config.source, ".parquet", config.name)
     fetch = functools.partial(fetch_parquet, config.source, identity, downloads)
     return Source(identity["files"], identity, fetch, remote=True)
+
+
+def is_local(source):
+    return source != "pydocs" and os.path.exists(source)
 
 
 def fetch_parquet(repo, identity, folder, i):
@@ -447,10 +452,8 @@ def hub_files(repo, suffix, subset=""):
 
     api, kind = HfApi(), {"repo_type": "dataset"}
     about = with_retries(f"dataset {repo}", lambda: api.repo_info(repo, **kind))
-    listing = functools.partial(
-        api.list_repo_tree, repo, recursive=True, revision=about.sha, **kind
-    )
-    tree = with_retries(f"dataset {repo}", lambda: list(listing()))
+    options = {"recursive": True, "revision": about.sha, **kind}
+    tree = with_retries(f"dataset {repo}", lambda: list(api.list_repo_tree(repo, **options)))
     files = sorted([f.path, f.size] for f in tree if f.path.endswith(suffix))
     # a dataset's card maps its subsets to paths; FineWeb keeps sample-10BT in sample/10BT
     cards = {c["config_name"]: str(c) for c in (about.card_data or {}).get("configs") or []}
@@ -536,11 +539,12 @@ def write_pydocs(folder):
     def docstrings(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             code = file.read()
-        # parsing is the slow part: skip files that are a small part documentation
-        if sum(map(len, code.split('"""')[1::2])) < 0.25 * len(code):
+        # parsing takes most of the time: leave out files that are mostly code
+        if sum(map(len, code.split('"""')[1::2])) < 0.35 * len(code):
             return
         try:
-            nodes = [ast.parse(code)]
+            with warnings.catch_warnings(action="ignore"):
+                nodes = [ast.parse(code)]
         except (SyntaxError, ValueError):
             return
         while nodes:
@@ -735,7 +739,7 @@ def open_manifest(config):
     settings, manifest = asdict(config), read_manifest(config.out)
     for name in ("out", "workers", "keep_downloads"):  # they do not change the shards
         del settings[name]
-    if os.path.exists(config.source):
+    if is_local(config.source):
         settings["source"] = os.path.abspath(config.source)
     if manifest is None:
         for path in list_shards(config.out):
@@ -845,7 +849,7 @@ def main():
         manifest = open_manifest(config)
         before, downloads = manifest["tokens"], os.path.join(config.out, "downloads")
         # a changed local source is worth a refusal even when all is done; the others cost time
-        local = os.path.exists(config.source) and not config.pretokenized
+        local = is_local(config.source) and not config.pretokenized
         if not manifest["done"] or (
             local and open_source(config, None).identity != manifest["source"]
         ):

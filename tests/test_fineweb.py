@@ -483,10 +483,7 @@ def test_killed_at_any_time(tmp_path):
         kills += process.wait() == -signal.SIGKILL
     assert kills
     run(*flags, "--out", tmp_path / "out")
-    files = tree_bytes(tmp_path / "out")
-    assert {n: b for n, b in files.items() if not n.endswith(".tmp")} == tree_bytes(
-        tmp_path / "whole"
-    )
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "whole")
 
 
 def test_resume_tokenises_only_what_is_missing(tmp_path, reference, monkeypatch):
@@ -595,6 +592,7 @@ def test_reader_takes_both_formats_and_other_names(tmp_path):
     np.save(tmp_path / "edufineweb_train_000001.npy", np.array([1, 2], dtype=np.uint16))
     write_bin(tmp_path / "fineweb_val_000000.bin", [5])
     (tmp_path / "train.txt").write_text("no shard")
+    assert fineweb.shard_split("edufineweb_train_interval_000001.npy") == "train"
     (tmp_path / "edufineweb_train_000009.npy.tmp").write_bytes(b"half")
     assert [s.tolist() for s in fineweb.load_shards(str(tmp_path), "train")] == [[1, 2], [3, 4]]
     assert [s.tolist() for s in fineweb.load_shards(str(tmp_path), "val")] == [[5]]
@@ -697,7 +695,10 @@ def test_hub_source_through_faults(tmp_path, reference, client, capsys):
         "GET 000_00000.parquet": [503, "truncate", "damage"],
         "GET 001_00000.parquet": ["drop"],
     }
-    with serve({f"datasets/{FINEWEB}": files}, faults) as hub:
+    path = {"split": "train", "path": "sample/10BT/*"}
+    card = {"configs": [{"config_name": "sample-10BT", "data_files": [path]}]}
+    key = f"datasets/{FINEWEB}"
+    with serve({key: files}, faults, {key: card}) as hub:
         client(hub)
         run("--out", tmp_path / "out", "--shard_tokens", 1500, "--workers", 2)
         assert hub.count("GET", "002_00000.parquet") == 1
@@ -773,6 +774,20 @@ def test_hub_gives_up_with_one_line(tmp_path, client):
     with pytest.raises(ValueError, match="after 6 tries"):  # and when nobody listens at all
         point_client_at(url, pytest.MonkeyPatch())
         fineweb.hub_download("gpt2", "config.json", tmp_path / "x", repo_type="model")
+
+
+def test_hub_from_the_command_line(tmp_path, reference):
+    texts, files = parquet_repo(tmp_path, 1)
+    with serve({f"datasets/{FINEWEB}": files}) as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, ROOT / "fineweb.py", "--out", tmp_path / "out"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert stream(tmp_path / "out") == expected_ids(texts[0], reference)
+        command += ["--source", "me/gone", "--out", tmp_path / "gone"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert "me/gone" in done.stderr and "--source pydocs" in done.stderr
 
 
 def test_hub_download_uses_the_cache(tmp_path, client, monkeypatch):

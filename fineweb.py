@@ -635,21 +635,22 @@ def group_records(records):
 
 
 def encode_group(group):
-    """[Record] -> Batch: tokens (n,) uint16, starts (len(group),) where each record begins."""
+    """[Record] * n -> Batch: tokens (N,) uint16; starts (n + 1,), where in tokens each record
+    begins, and numbers (n + 1); the last of each stand for the record after the batch."""
     parts, starts, length = [], [], 0
     for record in group:
         ids = encode(record.text)
         starts.append(length)
         parts += [np.array([EOT], dtype=np.uint32), ids] if record.is_start else [ids]
         length += len(ids) + record.is_start
+    numbers = [record.number for record in group] + [group[-1].number + 1]
+    starts = np.array([*starts, length])
     tokens = np.concatenate(parts).astype("<u2")
-    return Batch(group[0].file, [r.number for r in group], tokens, np.array(starts), group[-1].done)
+    return Batch(group[0].file, numbers, tokens, starts, group[-1].done)
 
 
 def position_at(batch, offset):
-    """Resume position of a batch's token number `offset`: file, record, token within the record."""
-    if offset == len(batch.tokens):
-        return {"file": batch.file, "record": batch.numbers[-1] + 1, "token": 0}
+    """Where to resume for a batch's token `offset`: file, record, token within the record."""
     i = int(np.searchsorted(batch.starts, offset, side="right")) - 1
     return {"file": batch.file, "record": batch.numbers[i], "token": offset - int(batch.starts[i])}
 

@@ -189,7 +189,9 @@ def test_cutting_at_runs_of_space_changes_no_id(reference, monkeypatch):
 def test_a_long_txt_is_read_in_pieces_with_the_same_ids(tmp_path, reference, monkeypatch):
     rng = random.Random(1)
     text = "".join(
-        rng.choices(["word", " ", "\n", "\n\n", "  ", "it's", "42", "\x1c", "\u3000", "é"], k=4000)
+        rng.choices(
+            ["word", " ", "\n", "\n\n", "  ", "it's", "42", "\x1c", "!", "\u3000", "é"], k=4000
+        )
     )
     (tmp_path / "long.txt").write_text(text, encoding="utf-8", newline="")
     for piece in (50, 97, 1000):
@@ -372,7 +374,7 @@ def test_reading_never_runs_ahead(monkeypatch):
 
     batches, seen = fineweb.encode_source(records(), workers=3), 0
     for batch in batches:
-        seen += len(batch.numbers)
+        seen += len(batch.numbers) - 1
         assert pulled - seen <= 2 * (2 * 3 + 2)
     assert seen == 1000
 

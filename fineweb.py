@@ -223,7 +223,7 @@ def open_shard(path):
             try:
                 np.lib.format.read_magic(file)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            except ValueError as error:
+            except Exception as error:  # numpy parses the header as Python, with its kinds
                 raise ValueError(f"{path} is not a .npy file: {first_line(error)}") from error
             if dtype != np.dtype("<u2") or len(shape) != 1:
                 raise ValueError(f"{path} holds {dtype} of shape {shape}, not 1-D uint16")
@@ -777,11 +777,15 @@ def sole_user(folder):
         os.close(handle)  # which unlocks
 
 
+def check_unchanged(config, manifest, source):
+    if manifest["shards"] and manifest["source"] != source.identity:
+        raise ValueError(f"{config.source} changed since {config.out} was begun; use another --out")
+
+
 def tokenize(config, manifest):
     """Source -> shards in config.out, from the manifest's position on."""
     source, shards = open_source(config, manifest["source"]), manifest["shards"]
-    if manifest["source"] != source.identity and shards:
-        raise ValueError(f"{config.source} changed since {config.out} was begun; use another --out")
+    check_unchanged(config, manifest, source)
     manifest["source"] = source.identity
     save_manifest(config.out, manifest)  # marks the folder as ours before any shard is there
 
@@ -848,12 +852,9 @@ def main():
     os.makedirs(config.out, exist_ok=True)
     with sole_user(config.out):
         manifest = open_manifest(config)
-        before, downloads = manifest["tokens"], os.path.join(config.out, "downloads")
-        # a changed local source is worth a refusal even when all is done; the others cost time
-        local = is_local(config.source) and not config.pretokenized
-        if not manifest["done"] or (
-            local and open_source(config, None).identity != manifest["source"]
-        ):
+        state, before = "finished before", manifest["tokens"]
+        if not manifest["done"]:
+            downloads = os.path.join(config.out, "downloads")
             for path in glob.glob(f"{downloads}/.cache/**/*.incomplete", recursive=True):
                 os.remove(path)  # a killed download; the client never picks it up again
             (fetch_pretokenized if config.pretokenized else tokenize)(config, manifest)
@@ -861,11 +862,12 @@ def main():
             save_manifest(config.out, manifest)
             if not config.keep_downloads:
                 shutil.rmtree(downloads, ignore_errors=True)
-        state = "finished" if manifest["tokens"] > before else "finished before"
-        speed = (manifest["tokens"] - before) / (time.time() - start)
-        counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents"
-        counts += f", {len(manifest['shards'])} shards"
-        print(f"{state}: {counts} in {config.out}, {speed:,.0f} tok/s")
+            speed = (manifest["tokens"] - before) / (time.time() - start)
+            state = f"finished at {speed:,.0f} tok/s"
+        elif is_local(config.source) and not config.pretokenized:
+            check_unchanged(config, manifest, open_source(config, None))
+    counts = f"{manifest['tokens']:,} tokens, {manifest['documents']:,} documents"
+    print(f"{config.out} {state}: {counts}, {len(manifest['shards'])} shards")
 
 
 if __name__ == "__main__":

@@ -463,12 +463,12 @@ def test_killed_after_the_last_shard(tmp_path):
 
 
 def test_killed_at_any_time(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(6000, 4, words=300))
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000, 4, words=300))
     flags = [
         "--source",
         str(source),
         "--shard_tokens",
-        "60000",
+        "30000",
         "--workers",
         "2",
         "--val_tokens",
@@ -611,6 +611,7 @@ def test_reader_takes_both_formats_and_other_names(tmp_path):
         ("train.bin", lambda p: p.write_bytes(b"short"), "truncated"),
         ("train.npy", lambda p: p.write_bytes(b"not numpy at all"), "not a .npy"),
         ("train.npy", lambda p: p.write_bytes(b""), "train.npy"),
+        ("train.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00\x08\x00{'a': ( "), "not a .npy"),
         ("train.npy", lambda p: np.save(p, np.zeros(3, dtype=np.int32)), "int32"),
         ("train.npy", lambda p: np.save(p, np.zeros((2, 2), dtype=np.uint16)), "1-D"),
         ("train.npy", lambda p: np.save(p, np.zeros(0, dtype=np.uint16)), "no tokens"),

@@ -97,7 +97,9 @@ def read_toml(path):
     for name, value in table.items():
         if isinstance(value, (dict, list)):
             fail(f"{path}: '{name}' must be one value, not a table or list", status=2)
-    return [(f"{path}: {name}", name, str(value)) for name, value in table.items()]
+    # TOML's true is --name true
+    text = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in table.items()}
+    return [(f"{path}: {name}", name, value) for name, value in text.items()]
 
 
 def check_name(origin, name, names):
@@ -113,7 +115,8 @@ def one_sentence(box):
     lines = [line.strip(" │|") for line in box.splitlines()]
     body = [line for line in lines if line and not line.startswith(("╭", "╰"))]
     end = next((i for i, line in enumerate(body) if line.startswith("──")), len(body))
-    return " ".join(body[:end]) or "bad command line; see --help"
+    text = " ".join(body[:end]) or "bad command line; see --help"
+    return re.sub(r"^Error parsing \w+: ", "", text)  # a class of ours is no news to the user
 
 
 def fail(message, status=1):

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -438,7 +438,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
-        self.init_weights(seed=int(torch.randint(2**31, ())))
+        if not self.lm_head.weight.is_meta:
+            self.init_weights(seed=int(torch.randint(2**31, ())))
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -446,7 +447,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
-            elif p.dim() == 2 and p.device.type != "meta":
+            elif p.dim() == 2:
                 std = 0.02
                 if name.endswith("c_proj.weight"):
                     std /= math.sqrt(2 * self.config.n_layer)
@@ -572,6 +573,8 @@ class GPT(nn.Module):
         if not folder.is_dir():
             if folder.exists():
                 raise ValueError(f"{path} is a file; give the folder that holds model.safetensors")
+            if len(folder.parts) > 2 or (len(folder.parts) == 2 and folder.parent.is_dir()):
+                raise ValueError(f"no checkpoint folder {path}")
             return cls.from_pretrained(str(path))
         config = read_json(folder / "config.json")
         if "model" not in config:
@@ -700,6 +703,34 @@ def download_from_hub(name):
         ) from None
 
 
-def config_dict(config):
-    """A GPTConfig as the plain dict that config.json holds."""
-    return asdict(config)
+# ----------------------------------------------------------------------------- where it runs
+
+
+def pick_device(name):
+    """The flag --device -> a torch device; auto takes cuda, else mps, else cpu."""
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device '{name}' is not to be had: {reason}") from None
+
+
+def pick_dtype(name, device):
+    """The flag --dtype -> the dtype of the matrix products, under autocast; auto takes bfloat16
+    where the hardware has it, float16 on CUDA cards before Ampere, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        newer = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if newer else torch.float16
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16  # without AMX bf16 is several times slower than fp32
+    return torch.float32
+
+
+def autocast(device, dtype):
+    """The context in which the model runs its products in dtype; does nothing for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

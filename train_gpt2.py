@@ -1,0 +1,724 @@
+"""python train_gpt2.py configs/quickstart.toml [--flags]
+torchrun --nproc_per_node=8 train_gpt2.py configs/gpt2_124m.toml
+
+Shards -> checkpoints. Config files are read in order, flags win; --help lists every one of them.
+Run the same command again to continue a run from its last checkpoint.
+
+    data_dir/*.npy --Windows--> batches --GPT--> loss --AdamW--> run_dir/step_NNNNNN/
+                                           run_dir/log.jsonl, one JSON object a line
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import cli
+import hellaswag
+from fineweb import N_VOCAB, get_tokenizer, load_shards
+from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
+
+PEAK_FLOPS = {  # dense bf16 tensor-core peak, from the makers' data sheets
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12,
+}  # fmt: skip
+SAMPLE_PROMPT = "Hello, I'm a language model,"
+
+
+@dataclass
+class TrainConfig:
+    data_dir: str = "data/fineweb-edu"
+    """folder of token shards, as fineweb.py makes them"""
+    run_dir: str = "runs/gpt2"
+    """folder of this run: its log and checkpoints"""
+    init_from: str = ""
+    """start from these weights and their architecture: a checkpoint, folder or hub name"""
+    seed: int = 1337
+    """seed of the initial weights, the data order, dropout and samples"""
+    device: str = "auto"
+    """auto takes cuda, else mps, else cpu"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """precision of the matrix products; the weights stay fp32. auto: bfloat16 where the hardware
+    has it, float16 with loss scaling on older CUDA cards, float32 elsewhere"""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """use torch.compile; auto does on CUDA, where it pays, and not on CPU"""
+    total_batch_tokens: int = 524288
+    """tokens of one optimizer step, over all micro-batches and ranks"""
+    micro_batch: int = 0
+    """sequences in one forward pass on one rank; 0 = the largest that fits"""
+    max_steps: int = 0
+    """optimizer steps; 0 = one epoch of the data"""
+    lr: float = 6e-4
+    """peak learning rate"""
+    min_lr_frac: float = 0.1
+    """final learning rate as a fraction of lr"""
+    warmup_steps: int = 715
+    """steps of linear warm-up"""
+    schedule: Literal["cosine", "trapezoid", "constant"] = "cosine"
+    """learning rate after the warm-up; trapezoid is constant, then linear down"""
+    cooldown_frac: float = 0.2
+    """fraction of all steps in the trapezoid's linear cooldown"""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices; norms, biases and other vectors never decay"""
+    beta1: float = 0.9
+    """AdamW's first moment"""
+    beta2: float = 0.95
+    """AdamW's second moment"""
+    grad_clip: float = 1.0
+    """largest gradient norm; 0 = no clipping"""
+    eval_every: int = 250
+    """steps between validations; 0 = only at the end"""
+    val_tokens: int = 10485760
+    """validation tokens, always the first ones of the val shard"""
+    hellaswag_every: int = 0
+    """steps between HellaSwag evaluations; 0 = never"""
+    hellaswag_data: str = ""
+    """HellaSwag's validation file (json lines, also .gz); empty = fetch the official one"""
+    hellaswag_limit: int = 0
+    """score a seeded sample of this many items; 0 = all 10,042"""
+    sample_every: int = 250
+    """steps between samples; 0 = never"""
+    checkpoint_every: int = 1000
+    """steps between checkpoints; the last step always has one; 0 = only that"""
+    keep_checkpoints: int = 2
+    """how many of the newest checkpoints stay; 0 = all"""
+    print_every: int = 10
+    """steps between progress lines; log.jsonl has every step"""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues from run_dir's latest checkpoint if there is one"""
+    overfit_single_batch: bool = False
+    """train on the first batch only: the loss must fall towards 0"""
+    dry_run: bool = False
+    """print sizes, memory, steps and expected time, then exit"""
+
+    def __post_init__(self):
+        for name in ("total_batch_tokens", "val_tokens", "print_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in (
+            "micro_batch", "max_steps", "warmup_steps", "eval_every", "hellaswag_every",
+            "hellaswag_limit", "sample_every", "checkpoint_every", "keep_checkpoints",
+            "weight_decay", "grad_clip", "seed",
+        ):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("min_lr_frac", "cooldown_frac", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if not self.lr > 0:
+            raise ValueError(f"lr is {self.lr}; it must be above 0")
+
+
+# ----------------------------------------------------------------------------- set-up
+
+
+class Ranks:
+    """This process among those that torchrun started; a single one without it."""
+
+    def __init__(self, device):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.first = self.rank == 0
+        self.distributed = "RANK" in os.environ
+        if self.distributed:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def sum(self, *values):
+        """Add up numbers over all ranks -> a list of floats."""
+        # gloo has no AVG, mps no float64; sums of counts and losses fit fp64 elsewhere
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.stack([torch.as_tensor(v, dtype=dtype, device=self.device) for v in values])
+        if self.distributed:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def close(self):
+        if self.distributed:
+            dist.destroy_process_group()
+
+
+def can_compile(device):
+    """Whether torch.compile works here: it needs a C++ compiler on CPU, Triton on CUDA."""
+    if device.type == "mps":
+        return False
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever the tool chain raises, training works without it
+        print(f"torch.compile does not work here ({type(error).__name__}): training without it")
+        return False
+    return True
+
+
+def keep_freed_memory():
+    """Tell glibc to keep what a step frees: else every step faults the same pages in again,
+    which can take a third of a CPU step. Does nothing on other systems."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for large blocks
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back to the system
+        libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow the heap by 256 MB at a time
+
+
+# ----------------------------------------------------------------------------- data
+
+
+def shuffled(i, n, seed):
+    """Where a seeded permutation of range(n) takes the indices i: computed, never stored.
+
+    A Feistel network over the next even power of two, walked until it lands inside (Black and
+    Rogaway 2002). i int64 array -> int64 array."""
+    half = np.uint64(max(1, math.ceil((n - 1).bit_length() / 2)))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.default_rng(seed).integers(0, 2**63, size=6, dtype=np.uint64)
+    out, outside = i.astype(np.uint64), np.ones(len(i), dtype=bool)
+    while outside.any():
+        left, right = out[outside] >> half, out[outside] & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0xFF51AFD7ED558CCD)
+            mixed ^= mixed >> np.uint64(33)
+            left, right = right, left ^ (mixed & mask)
+        out[outside] = (left << half) | right
+        outside = out >= n
+    return out.astype(np.int64)
+
+
+class Windows:
+    """All windows of T inputs and T targets in the shards, read as one stream.
+
+    Window w covers tokens w T to w T + T, the last of them as a target only."""
+
+    def __init__(self, shards, T):
+        self.shards, self.T = shards, T
+        self.starts = np.cumsum([0] + [len(s) for s in shards])  # of each shard in the stream
+        self.tokens = int(self.starts[-1])
+        self.count = (self.tokens - 1) // T
+
+    def read(self, numbers):
+        """Window numbers (n,) -> inputs and targets, (n, T) int64 each."""
+        rows = np.empty((len(numbers), self.T + 1), dtype=np.int64)
+        for row, number in zip(rows, numbers, strict=True):
+            begin, end, filled = int(number) * self.T, int(number) * self.T + self.T + 1, 0
+            s = int(np.searchsorted(self.starts, begin, side="right")) - 1
+            while filled < len(row):  # a window may run on into the next shards
+                piece = self.shards[s][max(0, begin - self.starts[s]) : end - self.starts[s]]
+                row[filled : filled + len(piece)] = piece
+                filled, s = filled + len(piece), s + 1
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1], rows[:, 1:]
+
+    def batch(self, step, size, seed):
+        """The window numbers of training step `step`, (size,): a pure function of seed and step.
+        Every epoch passes over all windows in an order of its own."""
+        sample = np.arange(step * size, (step + 1) * size)
+        epoch = sample // self.count
+        numbers = np.empty_like(sample)
+        for e in np.unique(epoch):
+            numbers[epoch == e] = shuffled(
+                sample[epoch == e] % self.count, self.count, (seed, int(e))
+            )
+        return numbers
+
+
+def open_windows(config, split, T, vocab_size):
+    windows = Windows(load_shards(config.data_dir, split), T)
+    if windows.count < 1:
+        raise ValueError(
+            f"{config.data_dir} has {windows.tokens:,} {split} tokens, fewer than one window of "
+            f"block_size {T} + 1; give it more text or lower --block_size"
+        )
+    if vocab_size < N_VOCAB:
+        raise ValueError(
+            f"vocab_size {vocab_size} is smaller than the shards' vocabulary of {N_VOCAB} ids; "
+            f"leave --vocab_size at 50304"
+        )
+    return windows
+
+
+# ----------------------------------------------------------------------------- optimizer
+
+
+def make_optimizer(model, config):
+    """AdamW that decays matrices only (norms, biases and per-head vectors are 1-D)."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas, fused = (config.beta1, config.beta2), params[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=fused)
+
+
+def learning_rate(step, config, max_steps):
+    """The rate of update `step`, 0-based."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "trapezoid":
+        cooldown = max(1, round(config.cooldown_frac * max_steps))
+        height = min(1.0, (max_steps - step) / cooldown)
+    else:
+        progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+        height = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.min_lr_frac + (1 - config.min_lr_frac) * height)
+
+
+# ----------------------------------------------------------------------------- the trainer
+
+
+class Trainer:
+    """Everything a run needs, set up once: model, data, optimizer, place among the ranks."""
+
+    def __init__(self, model_config, config):
+        self.config, self.ranks = config, Ranks(config.device)
+        self.device = self.ranks.device
+        self.dtype = pick_dtype(config.dtype, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        torch.set_float32_matmul_precision("high")
+        torch.manual_seed(config.seed)
+        self.model = (
+            GPT.from_checkpoint(config.init_from) if config.init_from else GPT(model_config)
+        )
+        self.model.to(self.device).train()
+        self.model_config = self.model.config
+
+        c = self.model_config
+        self.train = open_windows(config, "train", c.block_size, c.vocab_size)
+        self.val = open_windows(config, "val", c.block_size, c.vocab_size)
+        self.batch_windows = self.count_batch_windows()
+        self.max_steps = config.max_steps or self.train.count // self.batch_windows
+        if not self.max_steps:
+            raise ValueError(
+                f"{config.data_dir} has {self.train.tokens:,} train tokens, fewer than one batch "
+                f"of {config.total_batch_tokens:,}; lower --total_batch_tokens"
+            )
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.dtype == torch.float16 and self.device.type == "cuda"
+        )
+        self.micro_batch = self.find_micro_batch()
+        self.micro_steps = self.batch_windows // self.ranks.world // self.micro_batch
+
+        # the compiled module shares its weights with self.model, which stays as it is for
+        # checkpoints, HellaSwag and samples, whose shapes vary
+        wanted = config.compile == "true" or (
+            config.compile == "auto" and self.device.type == "cuda"
+        )
+        compiled = wanted and not config.dry_run and can_compile(self.device)
+        self.forward = torch.compile(self.model) if compiled else self.model
+        if self.ranks.distributed:
+            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+
+    def count_batch_windows(self):
+        T, world = self.model_config.block_size, self.ranks.world
+        windows, left = divmod(self.config.total_batch_tokens, T)
+        if left or windows % world:
+            unit = T * world
+            near = max(unit, round(self.config.total_batch_tokens / unit) * unit)
+            raise ValueError(
+                f"total_batch_tokens {self.config.total_batch_tokens} is not a multiple of "
+                f"block_size {T} x {world} ranks; try --total_batch_tokens {near}"
+            )
+        return windows
+
+    def autocast(self):
+        return autocast(self.device, self.dtype)
+
+    def find_micro_batch(self):
+        """Sequences a forward pass on this rank: the flag, or the largest divisor that fits."""
+        per_rank = self.batch_windows // self.ranks.world
+        if self.config.micro_batch:
+            if per_rank % self.config.micro_batch:
+                fits = max(d for d in divisors(per_rank) if d <= self.config.micro_batch)
+                raise ValueError(
+                    f"micro_batch {self.config.micro_batch} does not divide the {per_rank} "
+                    f"sequences of a rank's batch; try --micro_batch {fits}"
+                )
+            return self.config.micro_batch
+        if self.device.type != "cuda":
+            # larger gains nothing without thousands of cores to fill, and always fits
+            most = max(1, 8192 // self.model_config.block_size)
+            return max(d for d in divisors(per_rank) if d <= most)
+        most = 2**18 // self.model_config.block_size  # far beyond what fills a card
+        for size in sorted((d for d in divisors(per_rank) if d <= most), reverse=True):
+            if self.ranks.sum(self.fits_cuda(size))[0] == self.ranks.world:
+                return size
+        raise ValueError("not even micro_batch 1 fits the card; lower --block_size or the model")
+
+    def fits_cuda(self, size):
+        try:
+            left = self.memory_left(size)
+        except torch.OutOfMemoryError:
+            left = 0
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        return left > 0.05 * total  # room for fragments and for the compiler's choices
+
+    def memory_left(self, size):
+        """Bytes of the card still free at the peak of a forward and backward pass over `size`
+        sequences, with AdamW's two moments beside it."""
+        torch.cuda.reset_peak_memory_stats()
+        moments = torch.empty(2, self.model.num_params(), device=self.device)  # noqa: F841
+        x, y = self.load(self.train, np.arange(size) % self.train.count)
+        with self.autocast():
+            _, loss = self.model(x, y)
+        loss.backward()
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
+
+    # ------------------------------------------------------------------------- one step
+
+    def load(self, windows, numbers):
+        x, y = windows.read(numbers)
+        if self.device.type == "cuda":
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def step(self, step):
+        """Update number `step` (0-based) -> mean loss over all ranks, gradient norm, rate."""
+        config, ranks = self.config, self.ranks
+        rate = learning_rate(step, config, self.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # dropout too is a function of seed and step, so that a resumed run draws the same
+        torch.manual_seed(hash((config.seed, step, ranks.rank)) % 2**63)
+        numbers = self.train.batch(
+            0 if config.overfit_single_batch else step, self.batch_windows, config.seed
+        )
+        own = np.split(numbers, ranks.world)[ranks.rank]
+        mean = torch.zeros((), device=self.device)
+        for i, micro in enumerate(np.split(own, self.micro_steps)):
+            x, y = self.load(self.train, micro)
+            if ranks.distributed:  # gradients are averaged once, in the last backward pass
+                self.forward.require_backward_grad_sync = i == self.micro_steps - 1
+            with self.autocast():
+                _, loss = self.forward(x, y)
+            mean += loss.detach() / self.micro_steps
+            self.scaler.scale(loss / self.micro_steps).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return ranks.sum(mean)[0] / ranks.world, norm.item(), rate
+
+    # ------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def validate(self):
+        """Mean loss over the first val_tokens validation tokens, the same for any layout."""
+        T, size, ranks = self.model_config.block_size, self.micro_batch, self.ranks
+        numbers = np.arange(max(1, min(self.config.val_tokens // T, self.val.count)))
+        own = numbers[ranks.rank :: ranks.world]
+        total, count = torch.zeros((), dtype=torch.float32, device=self.device), 0
+        self.model.eval()
+        for begin in range(0, len(own), size):
+            x, y = self.load(self.val, own[begin : begin + size])
+            missing = size - len(x)
+            if missing:  # one shape only, so that nothing compiles again; -1 has no loss
+                x = torch.cat((x, x.new_zeros(missing, T)))
+                y = torch.cat((y, y.new_full((missing, T), -1)))
+            with self.autocast():
+                _, loss = self.forward(x, y)
+            total += loss * (size - missing) * T
+            count += (size - missing) * T
+        self.model.train()
+        total, count = ranks.sum(total, count)
+        return total / count
+
+    @torch.no_grad()
+    def sample(self, tokens=32, rows=2):
+        """A few continuations of a fixed prompt -> list of texts."""
+        tokenizer = get_tokenizer()
+        idx = torch.tensor([tokenizer.encode_ordinary(SAMPLE_PROMPT)] * rows, device=self.device)
+        new = min(tokens, max(0, self.model_config.block_size - idx.size(1)))
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        self.model.eval()
+        with self.autocast():
+            out = self.model.generate(idx, new, top_k=50, generator=generator)
+        self.model.train()
+        return [tokenizer.decode(row) for row in out.tolist()]
+
+    # ------------------------------------------------------------------------- checkpoints
+
+    def save(self, step, run):
+        """Write run_dir/step_NNNNNN beside, then rename: a kill leaves the last whole one."""
+        from safetensors.torch import save_file
+
+        config = {
+            "model": asdict(self.model_config), "train": asdict(self.config), "step": step,
+            "tokens": step * self.config.total_batch_tokens, "data_tokens": self.train.tokens,
+        }  # fmt: skip
+        folder, beside = run / f"step_{step:06d}", run / f".step_{step:06d}.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        weights = {k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
+        if self.model_config.tie_embeddings:
+            del weights["lm_head.weight"]  # it is transformer.wte.weight
+        save_file(weights, beside / "model.safetensors")
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        torch.save(state, beside / "train_state.pt")
+        (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        for file in beside.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+        write_whole(run / "latest", folder.name + "\n")
+        for old in step_folders(run)[: -self.config.keep_checkpoints or None]:
+            if self.config.keep_checkpoints:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self, run):
+        """Load the latest checkpoint of the run folder, if any -> the number of steps done."""
+        if not (run / "latest").is_file():
+            return 0
+        folder = run / (run / "latest").read_text().strip()
+        if self.config.resume == "never":
+            raise ValueError(f"{run} already holds a run; choose another --run_dir")
+        saved = json.loads((folder / "config.json").read_text())
+        now = asdict(self.model_config) | {
+            "seed": self.config.seed, "total_batch_tokens": self.config.total_batch_tokens,
+            "data_tokens": self.train.tokens,
+        }  # fmt: skip
+        then = saved["model"] | saved["train"] | {"data_tokens": saved["data_tokens"]}
+        for name, value in now.items():
+            if then.get(name) != value:
+                raise ValueError(
+                    f"{run} holds a run with {name} {then.get(name)}, this one has {value}; "
+                    f"use that value, or choose another --run_dir"
+                )
+        self.model.load_state_dict(GPT.from_checkpoint(folder).state_dict())
+        state = torch.load(folder / "train_state.pt", map_location=self.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        return saved["step"]
+
+    # ------------------------------------------------------------------------- dry run
+
+    def describe(self):
+        """What this run is, in a few lines: sizes, cost, memory and the expected time."""
+        c, ranks, T = self.config, self.ranks, self.model_config.block_size
+        flops, params = self.model.flops_per_token(), self.model.num_params()
+        # a block keeps about 16 n_embd numbers a token for the backward pass
+        width = 4 if self.dtype == torch.float32 else 2.5  # norms and residuals stay fp32
+        kept = 16 * self.model_config.n_embd * self.model_config.n_layer * width
+        memory = 16 * params + kept * self.micro_batch * T
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
+        return [
+            f"parameters {params:,}  training FLOPs per token {flops:,}",
+            f"device {device} x {ranks.world}  dtype {str(self.dtype)[6:]}  "
+            f"memory about {memory / 2**30:.1f} GiB per rank",
+            f"data {self.train.tokens:,} train tokens, {self.val.tokens:,} val tokens",
+            f"tokens per step {c.total_batch_tokens:,} = {self.micro_batch} sequences x {T} x "
+            f"{self.micro_steps} micro-steps x {ranks.world} ranks",
+            f"steps {self.max_steps:,} = {self.max_steps * c.total_batch_tokens:,} tokens, "
+            f"{self.max_steps * c.total_batch_tokens / self.train.tokens:.2f} epochs",
+        ]
+
+    def measure_rate(self):
+        """Tokens/s of forward and backward passes over one micro-batch (one sequence on CPU)."""
+        size = self.micro_batch if self.device.type == "cuda" else 1
+        x, y = self.load(self.train, np.arange(size))
+        for repeat in range(3):  # the first warms up
+            if repeat == 1:
+                begin = time.perf_counter()
+            with self.autocast():
+                _, loss = self.model(x, y)
+            loss.backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        return 2 * x.numel() * self.ranks.world / (time.perf_counter() - begin)
+
+
+def divisors(n):
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+# ----------------------------------------------------------------------------- run folder
+
+
+def step_folders(run):
+    """The run's whole checkpoints, oldest first."""
+    return sorted(run.glob("step_*"), key=lambda folder: int(folder.name[5:]))
+
+
+def write_whole(path, text):
+    """Replace a file at once: its old or its new content, never a part."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+class Log:
+    """log.jsonl and the terminal, on the first rank; on the others it writes nothing."""
+
+    def __init__(self, run, step, active):
+        self.file = None
+        if not active:
+            return
+        path = run / "log.jsonl"
+        if path.exists():  # a step after the checkpoint is about to be done again
+            kept = [
+                line for line in path.read_text().splitlines(keepends=True)
+                if line.endswith("\n") and json.loads(line).get("step", 0) <= step
+            ]  # fmt: skip
+            write_whole(path, "".join(kept) if step else "")
+        self.file = open(path, "a", buffering=1)  # a line at a time
+
+    def write(self, **entry):
+        if self.file:
+            self.file.write(json.dumps(entry) + "\n")
+
+    def say(self, text):
+        if self.file:
+            print(text, flush=True)
+
+
+def versions():
+    names = ("torch", "numpy", "tiktoken")
+    return {"python": platform.python_version()} | {n: str(sys.modules[n].__version__)
+            for n in names if n in sys.modules}  # fmt: skip
+
+
+def git_commit():
+    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        out = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return None
+    return out.stdout.strip()
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+# ----------------------------------------------------------------------------- main
+
+
+def due(every, done, last):
+    return done == last or (every and done % every == 0)
+
+
+def train(trainer):
+    config, ranks, last = trainer.config, trainer.ranks, trainer.max_steps
+    run = Path(config.run_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    start = trainer.resume(run)
+    log = Log(run, start, active=ranks.first)
+    for line in trainer.describe():
+        log.say(line)
+    log.write(
+        event="resume" if start else "start", step=start,
+        config=asdict(trainer.model_config) | asdict(config), parameters=trainer.model.num_params(),
+        versions=versions(), git=git_commit(), seed=config.seed, device=str(trainer.device),
+        dtype=str(trainer.dtype)[6:], world=ranks.world,
+    )  # fmt: skip
+    flops = trainer.model.flops_per_token()
+    peak = peak_flops(trainer.device)
+    if peak is None:
+        log.say("MFU is not shown: unknown card")
+    items = None
+    if config.hellaswag_every:
+        items = hellaswag.load_items(config.hellaswag_data, config.hellaswag_limit, config.seed)
+
+    def evaluate(done):
+        """What is due after `done` updates: validation, HellaSwag, samples, a checkpoint."""
+        if due(config.eval_every, done, last):
+            loss = trainer.validate()
+            log.write(step=done, val_loss=loss)
+            log.say(f"step {done:>6}/{last}  validation loss {loss:.4f}")
+        if items and done and due(config.hellaswag_every, done, last):
+            score = trainer.hellaswag(items)
+            log.write(step=done, **{f"hellaswag_{k}": v for k, v in score.items()})
+            log.say(
+                f"step {done:>6}/{last}  HellaSwag acc_norm {score['acc_norm']:.4f} "
+                f"± {score['se']:.4f} (n {score['n']:,})"
+            )
+        if ranks.first and config.sample_every and due(config.sample_every, done, last):
+            samples = trainer.sample()
+            log.write(step=done, samples=samples)
+            for text in samples:
+                log.say(f"sample > {' '.join(text.split())}")
+        if ranks.first and done and due(config.checkpoint_every, done, last):
+            trainer.save(done, run)
+
+    if not start:
+        evaluate(0)
+    elif start >= last:
+        log.say(f"{run} is finished at step {start}; more steps: --max_steps N")
+    average = None
+    for step in range(start, last):
+        begin = time.perf_counter()
+        loss, norm, rate = trainer.step(step)
+        seconds = time.perf_counter() - begin
+        average = seconds if average is None else 0.9 * average + 0.1 * seconds
+        done, speed = step + 1, config.total_batch_tokens / seconds
+        mfu = flops * speed / (peak * ranks.world) if peak else None
+        log.write(
+            step=done, train_loss=loss, lr=rate, grad_norm=norm,
+            tokens=done * config.total_batch_tokens, tok_per_s=speed, mfu=mfu,
+        )  # fmt: skip
+        if done == start + 1 or due(config.print_every, done, last):
+            log.say(
+                f"step {done:>6}/{last}  loss {loss:.4f}  lr {rate:.1e}  norm {norm:.2f}  "
+                f"{speed:,.0f} tok/s  " + (f"mfu {mfu:.1%}  " if peak else "")
+                + f"eta {clock(average * (last - done))}"
+            )  # fmt: skip
+        evaluate(done)
+    log.say(f"next: python sample.py {run} --prompt 'Once upon a time'")
+    log.say(f"      python hellaswag.py {run}")
+
+
+def peak_flops(device):
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
+def main():
+    model_config, config = cli.parse(GPTConfig, TrainConfig, configs=True, description=__doc__)
+    trainer = Trainer(model_config, config)
+    try:
+        if config.dry_run:
+            rate = trainer.measure_rate()
+            seconds = trainer.max_steps * config.total_batch_tokens / rate
+            if trainer.ranks.first:
+                print("\n".join(trainer.describe()))
+                print(f"expected time {clock(seconds)} at a measured {rate:,.0f} tokens/s")
+        else:
+            train(trainer)
+    finally:
+        trainer.ranks.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)

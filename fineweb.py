@@ -2,7 +2,7 @@
 
     python fineweb.py --source pydocs --out data/pydocs     # no network needed
     python fineweb.py --source my_texts/ --out data/mine    # parquet, jsonl[.gz|.zst], txt
-    python fineweb.py --pretokenized kjj0/finewebedu10B-gpt2 --out data/ready --max_tokens 1000000000
+    python fineweb.py --pretokenized kjj0/finewebedu10B-gpt2 --out data/ready --max_tokens 500000000
     python fineweb.py info data/mine                        # count and check the shards
 
 Text -> shards of GPT-2 token ids. The end-of-text id 50256 stands before every document,

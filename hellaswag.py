@@ -1,0 +1,328 @@
+"""python hellaswag.py runs/quickstart --out score.json
+
+Checkpoint -> HellaSwag score (Zellers et al. 2019): which of four endings continues a text best?
+CHECKPOINT is a run or step folder, a Hugging Face folder, or a hub name such as gpt2. There are
+two protocols, and figures of one are not comparable with figures of the other:
+
+completion  the raw text, as build-nanogpt and llm.c score it; acc_norm takes the mean loss per
+            token (gpt2 scores acc 0.2859, acc_norm 0.2955)
+harness     the activity's label first and WikiHow's markers cleaned away, as lm-evaluation-harness
+            scores it; acc_norm divides by characters (gpt2 scores acc 0.2892, acc_norm 0.3114)
+
+acc takes the ending of the lowest summed loss; a tie goes to the first ending. The standard error
+is sqrt(p (1 - p) / (n - 1)), as in lm-evaluation-harness: 0.0046 on all 10,042 items.
+"""
+
+import gzip
+import json
+import math
+import os
+import random
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from tqdm import tqdm
+from tyro.conf import Positional
+
+import cli
+from fineweb import EOT, N_VOCAB, get_tokenizer, hub_download, write_beside
+from model import GPT, autocast, pick_device, pick_dtype
+
+DATASET, DATA_FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
+DATA_FOLDER = "data/hellaswag"
+OFFLINE = "without a network give HellaSwag's validation file (hellaswag_val.jsonl) as --data FILE"
+TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
+BATCH_TOKENS = 16384
+
+
+@dataclass
+class Config:
+    checkpoint: Positional[str]
+    """run folder (its latest step), step folder, Hugging Face folder, or hub name such as gpt2"""
+    data: str = ""
+    """validation file: json lines, also .gz, or parquet; empty fetches the official one once"""
+    protocol: Literal["completion", "harness", "both"] = "both"
+    """which texts are scored and how; see above"""
+    limit: int = 0
+    """score a random sample of this many items; 0 = all of them"""
+    seed: int = 1337
+    """same seed, same sample"""
+    out: str = ""
+    """JSON file for the scores and every item's predictions"""
+    batch_tokens: int = BATCH_TOKENS
+    """token positions in one batch, padding included; lower it when memory runs out"""
+    device: str = "auto"
+    """auto takes cuda, else mps, else cpu"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """precision of the matrix products; auto takes what is fast on the device"""
+
+    def __post_init__(self):
+        if min(self.limit, self.seed) < 0 or self.batch_tokens < 1:
+            raise ValueError("limit and seed must be 0 or more, batch_tokens 1 or more")
+
+
+# ---------------------------------------------------------------------------------------------
+# Items: the file's dicts, checked
+
+
+def load_items(path="", limit=0, seed=1337):
+    """The items of a validation file (empty: the official one) in its order: a list of dicts with
+    ind, activity_label, ctx_a, ctx_b, ctx, endings (4 texts) and label (int).
+
+    limit > 0 takes a random sample of the whole file, whose first third is ActivityNet and whose
+    rest is WikiHow. ValueError names the file and line of what is wrong.
+    """
+    items = read_items(path or official_file())
+    if 0 < limit < len(items):
+        items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
+    return items
+
+
+def official_file():
+    path = os.path.join(DATA_FOLDER, DATA_FILE)
+    if os.path.exists(path):
+        return path
+    return hub_download(DATASET, DATA_FILE, DATA_FOLDER, check=read_items, offline=OFFLINE)
+
+
+def read_items(path):
+    items = []
+    for number, record in read_records(path):
+        try:
+            items.append(check_item(record))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    if not items:
+        raise ValueError(f"{path} holds no items")
+    return items
+
+
+def read_records(path):
+    """Yield (line number, record) of a file of json lines; of a parquet file its rows."""
+    if path.endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except ValueError as error:  # pyarrow's ArrowInvalid
+            raise ValueError(f"{path} is not a whole parquet file: {error}") from None
+        yield from enumerate(rows, 1)
+        return
+    number = 0
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}, after line {number}: {error}") from None
+
+
+def check_item(record):
+    if not isinstance(record, dict):
+        raise ValueError(f"not an item but {str(record)[:40]}")
+    missing = {"ind", "endings", "label", *TEXT_FIELDS} - record.keys()
+    if missing:
+        raise ValueError(f"no field {', '.join(sorted(missing))}")
+    for name in TEXT_FIELDS:
+        if not isinstance(record[name], str):
+            raise ValueError(f"{name} is not a text: {record[name]!r}")
+    endings, label = record["endings"], record["label"]
+    if not isinstance(endings, list) or [type(e) for e in endings] != [str] * 4:
+        raise ValueError("endings is not a list of four texts")
+    if str(label) not in ("0", "1", "2", "3"):  # the hub's file holds labels as text
+        raise ValueError(f"label {label!r} is none of 0, 1, 2, 3")
+    return record | {"label": int(label)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Protocols: an item -> four rows of tokens
+
+
+class Row(NamedTuple):
+    """Context and ending: the last `scored` of the tokens `ids` are the ending."""
+
+    ids: tuple
+    scored: int
+
+
+class Example(NamedTuple):
+    """An item as a model sees it."""
+
+    rows: list  # four Rows
+    chars: list | None  # what acc_norm divides a row's loss by; None: the number of tokens scored
+    label: int
+
+
+def tokenize_items(items, protocol):
+    """Items -> a list of Examples for "completion" or "harness". Worth doing once."""
+    return [PROTOCOLS[protocol](item, get_tokenizer().encode_ordinary) for item in items]
+
+
+def completion(item, encode):
+    """Context and ending are encoded apart, and nothing is cleaned."""
+    context = encode(item["ctx"])
+    endings = [encode(" " + ending) for ending in item["endings"]]
+    return Example([join(context, ending) for ending in endings], None, item["label"])
+
+
+def harness(item, encode):
+    """Context and ending are encoded as one text, cut where the context's own tokens end."""
+    context = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
+    endings = [clean(ending) for ending in item["endings"]]
+    length = len(encode(context.rstrip()))  # its trailing spaces belong to the ending
+    rows = []
+    for ending in endings:
+        ids = encode(context + " " + ending)
+        rows.append(join(ids[:length], ids[length:]))
+    return Example(rows, [len(ending) for ending in endings], item["label"])
+
+
+PROTOCOLS = {"completion": completion, "harness": harness}
+
+
+def clean(text):
+    """Take WikiHow's markers out: "[header] Mix it. [title] Stir it." -> " Mix it. . Stir it."
+
+    What they leave behind stays: published figures were scored with every such space."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def join(context, ending):
+    context = context or [EOT]  # a first token needs one before it to be predicted from
+    return Row((*context, *ending), len(ending))
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores
+
+
+def evaluate(model, examples, batch_tokens=BATCH_TOKENS, rank=0, world=1):
+    """Score the examples -> {"n", "acc", "acc_norm", "se"}, se the standard error of acc_norm.
+
+    Runs on the model's device under the caller's autocast, in eval mode, and puts the mode back.
+    With world > 1 each rank calls it with all examples: it scores examples[rank::world] and the
+    hits are summed over torch.distributed, so that all ranks return the same.
+    """
+    mine = examples[rank::world]
+    hits = count_hits(predict(model, mine, batch_tokens), mine)  # (2,)
+    if world > 1:
+        import torch.distributed as dist
+
+        hits = hits.to(next(model.parameters()).device)
+        dist.all_reduce(hits)
+    return summarize(hits, len(examples))
+
+
+def predict(model, examples, batch_tokens=BATCH_TOKENS, progress=""):
+    """The chosen ending of every example -> (n, 2) int64: by summed loss, and by normed loss.
+
+    progress: what to write before a progress bar; empty shows none."""
+    config = model.config
+    if config.vocab_size < N_VOCAB:
+        raise ValueError(
+            f"the tokens are GPT-2's {N_VOCAB}, this model's vocabulary is {config.vocab_size}"
+        )
+    longest = math.inf if model.transformer.wpe.extrapolates else config.block_size
+    rows = [[cut(row, longest) for row in example.rows] for example in examples]
+    losses = score_rows(model, {row for four in rows for row in four}, batch_tokens, progress)
+    loss = torch.tensor([[losses[row] for row in four] for four in rows], dtype=torch.float64)
+    norm = torch.tensor([ex.chars or [row.scored for row in four]
+                         for ex, four in zip(examples, rows, strict=True)])  # fmt: skip
+    loss = loss.view(-1, 4)  # (n, 4) also when n is 0
+    return torch.stack((loss.argmin(1), (loss / norm.view(-1, 4)).argmin(1)), dim=1)
+
+
+def cut(row, longest):
+    """Drop tokens on the left until the inputs, all tokens but the last, are at most `longest`."""
+    if len(row.ids) <= longest + 1:
+        return row
+    return Row(row.ids[-longest - 1 :], min(row.scored, longest))
+
+
+@torch.no_grad()
+def score_rows(model, rows, batch_tokens, progress=""):
+    """A set of Rows -> {row: the summed cross entropy of its ending in nats}.
+
+    Equal rows are scored once, so that equal endings tie exactly."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    losses = {}
+    disable = None if progress else True  # None: only on a terminal
+    with tqdm(total=len(rows), desc=progress, unit="row", disable=disable) as bar:
+        for batch in batches(rows, batch_tokens):
+            T = len(batch[0].ids) - 1
+            # padding on the right: no token sees it, for attention is causal
+            idx = [row.ids[:-1] + (0,) * (T + 1 - len(row.ids)) for row in batch]
+            targets = [
+                (-1,) * (len(row.ids) - 1 - row.scored)
+                + row.ids[-row.scored :]
+                + (-1,) * (T + 1 - len(row.ids))
+                for row in batch
+            ]
+            idx, targets = torch.tensor(idx, device=device), torch.tensor(targets, device=device)
+            sums = model.token_losses(idx, targets).sum(1)  # (B,)
+            losses.update(zip(batch, sums.tolist(), strict=True))
+            bar.update(len(batch))
+    model.train(was_training)
+    return losses
+
+
+def batches(rows, batch_tokens):
+    """Yield lists of rows of like length, the longest first so that memory peaks at once. The
+    order depends on the rows alone, not on the order in which they came."""
+    batch = []
+    for row in sorted(rows, key=lambda row: (len(row.ids), row), reverse=True):
+        if batch and (len(batch) + 1) * (len(batch[0].ids) - 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def count_hits(predictions, examples):
+    """(n, 2) predictions -> (2,) how many are right."""
+    labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
+    return (predictions == labels[:, None]).sum(0)
+
+
+def summarize(hits, n):
+    acc, acc_norm = (hit / n for hit in hits.tolist())
+    se = math.sqrt(acc_norm * (1 - acc_norm) / max(n - 1, 1))
+    return {"n": n, "acc": acc, "acc_norm": acc_norm, "se": se}
+
+
+def main():
+    config = cli.parse(Config)
+    if config.out:
+        os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
+    items = load_items(config.data, config.limit, config.seed)
+    device = pick_device(config.device)
+    model = GPT.from_checkpoint(config.checkpoint).to(device)
+    result = {"n": len(items)}
+    lines = [{"ind": item["ind"], "label": item["label"]} for item in items]
+    for name in PROTOCOLS if config.protocol == "both" else [config.protocol]:
+        examples = tokenize_items(items, name)
+        with autocast(device, pick_dtype(config.dtype, device)):
+            predictions = predict(model, examples, config.batch_tokens, progress=name)
+        score = summarize(count_hits(predictions, examples), len(items))
+        result[name] = {key: score[key] for key in ("acc", "acc_norm", "se")}
+        for line, (pred, pred_norm) in zip(lines, predictions.tolist(), strict=True):
+            line[name] = {"pred": pred, "pred_norm": pred_norm}
+        print(
+            f"{name:10}  acc {score['acc']:.4f}  acc_norm {score['acc_norm']:.4f} "
+            f"± {score['se']:.4f} (standard error)  n {score['n']:,}"
+        )
+    if config.out:
+        with write_beside(config.out) as file:
+            file.write(json.dumps(result | {"items": lines}).encode())
+
+
+if __name__ == "__main__":
+    cli.run(main)

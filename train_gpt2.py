@@ -9,6 +9,7 @@ Run the same command again to continue a run from its last checkpoint.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cli
 import hellaswag
-from fineweb import N_VOCAB, get_tokenizer, load_shards
+from fineweb import N_VOCAB, get_tokenizer, load_shards, write_beside
 from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
 
 PEAK_FLOPS = {  # dense bf16 tensor-core peak, from the makers' data sheets
@@ -147,6 +148,12 @@ class Ranks:
         if self.distributed:
             dist.all_reduce(total)
         return total.tolist()
+
+    def first_alone(self, call):
+        """call() on the first rank, then on the others: what it downloads is then there."""
+        result = call() if self.first else None
+        self.sum(0)
+        return result if self.first else call()
 
     def close(self):
         if self.distributed:
@@ -446,6 +453,13 @@ class Trainer:
         total, count = ranks.sum(total, count)
         return total / count
 
+    def hellaswag(self, examples):
+        """HellaSwag by the completion protocol -> {"n", "acc", "acc_norm", "se"}."""
+        with self.autocast():
+            return hellaswag.evaluate(
+                self.model, examples, rank=self.ranks.rank, world=self.ranks.world
+            )
+
     @torch.no_grad()
     def sample(self, tokens=32, rows=2):
         """A few continuations of a fixed prompt -> list of texts."""
@@ -484,7 +498,8 @@ class Trainer:
                 os.fsync(f.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
-        write_whole(run / "latest", folder.name + "\n")
+        with write_beside(str(run / "latest")) as file:
+            file.write(f"{folder.name}\n".encode())
         for old in step_folders(run)[: -self.config.keep_checkpoints or None]:
             if self.config.keep_checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
@@ -564,16 +579,6 @@ def step_folders(run):
     return sorted(run.glob("step_*"), key=lambda folder: int(folder.name[5:]))
 
 
-def write_whole(path, text):
-    """Replace a file at once: its old or its new content, never a part."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
 class Log:
     """log.jsonl and the terminal, on the first rank; on the others it writes nothing."""
 
@@ -587,7 +592,8 @@ class Log:
                 line for line in path.read_text().splitlines(keepends=True)
                 if line.endswith("\n") and json.loads(line).get("step", 0) <= step
             ]  # fmt: skip
-            write_whole(path, "".join(kept) if step else "")
+            with write_beside(str(path)) as file:
+                file.write("".join(kept if step else []).encode())
         self.file = open(path, "a", buffering=1)  # a line at a time
 
     def write(self, **entry):
@@ -645,9 +651,12 @@ def train(trainer):
     peak = peak_flops(trainer.device)
     if peak is None:
         log.say("MFU is not shown: unknown card")
-    items = None
+    examples = []
     if config.hellaswag_every:
-        items = hellaswag.load_items(config.hellaswag_data, config.hellaswag_limit, config.seed)
+        load = functools.partial(
+            hellaswag.load_items, config.hellaswag_data, config.hellaswag_limit, config.seed
+        )
+        examples = hellaswag.tokenize_items(ranks.first_alone(load), "completion")
 
     def evaluate(done):
         """What is due after `done` updates: validation, HellaSwag, samples, a checkpoint."""
@@ -655,8 +664,8 @@ def train(trainer):
             loss = trainer.validate()
             log.write(step=done, val_loss=loss)
             log.say(f"step {done:>6}/{last}  validation loss {loss:.4f}")
-        if items and done and due(config.hellaswag_every, done, last):
-            score = trainer.hellaswag(items)
+        if examples and done and due(config.hellaswag_every, done, last):
+            score = trainer.hellaswag(examples)
             log.write(step=done, **{f"hellaswag_{k}": v for k, v in score.items()})
             log.say(
                 f"step {done:>6}/{last}  HellaSwag acc_norm {score['acc_norm']:.4f} "

@@ -9,7 +9,8 @@
 Papers: GPT-2 (Radford et al. 2019), sinusoidal positions (Vaswani et al. 2017), RoPE (Su et al.
 2021), ALiBi (Press et al. 2022), Kerple (Chi et al. 2022), FIRE (Li et al. 2024), GQA (Ainslie et
 al. 2023), SwiGLU (Shazeer 2020), ReLU^2 (So et al. 2021), RMSNorm (Zhang and Sennrich 2019),
-sliding windows (Beltagy et al. 2020; Mistral, Jiang et al. 2023).
+sliding windows (Beltagy et al. 2020; Mistral, Jiang et al. 2023), QK-norm (Henry et al. 2020),
+logit soft-capping (Gemma 2, 2024), FlexAttention (Dong et al. 2024).
 
 Shapes: B batch, T positions (Tq queries, Tk keys), C = n_embd, nh = n_head, nkv = n_kv_head,
 hs = C / nh, V = vocab_size. Parameter names are nanoGPT's.
@@ -26,6 +27,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 # The choices of pos, norm and mlp are the keys of the dicts below: a new one is added in one place.
@@ -55,6 +57,12 @@ class GPTConfig:
     """feed-forward network"""
     mlp_hidden: int = 0
     """hidden width of the MLP; 0 = 4 n_embd, or for swiglu the width of equal parameters"""
+    attention: "Literal[tuple(ATTENTIONS)]" = "full"
+    """full, or linformer: a token sees its own segment and summaries of the segments before"""
+    linformer_segment: int = 64
+    """tokens in a segment of linformer"""
+    linformer_rank: int = 16
+    """summary vectors a past segment is compressed to"""
     window: int = 0
     """sliding window: a query attends to this many keys, itself included; 0 = full attention"""
     window_pattern: str = ""
@@ -67,17 +75,38 @@ class GPTConfig:
     """the head shares the token embedding's matrix"""
     rope_theta: float = 10000.0
     """base of RoPE's wavelengths"""
+    rope_scaling: float = 1.0
+    """RoPE's positions are divided by this: 2 fits twice the context into the trained angles"""
+    qk_norm: bool = False
+    """RMSNorm without weights on each head's queries and keys"""
+    logit_softcap: float = 0.0
+    """logits become cap * tanh(logits / cap); 0 = as they are"""
+    zero_init: bool = False
+    """residual projections start at zero, so that every block starts as the identity"""
+    document_mask: bool = False
+    """attention does not cross the end-of-text token, id vocab_used - 1"""
+    attention_kernel: "Literal[tuple(KERNELS)]" = "auto"
+    """auto lets torch choose; flash and math insist"""
 
     def __post_init__(self):
-        for name, table in (("pos", POSITIONS), ("norm", NORMS), ("mlp", MLPS)):
+        tables = {
+            "pos": POSITIONS, "norm": NORMS, "mlp": MLPS, "attention": ATTENTIONS,
+            "attention_kernel": KERNELS,
+        }  # fmt: skip
+        for name, table in tables.items():
             if getattr(self, name) not in table:
                 valid = ", ".join(table)
                 raise ValueError(f"{name} '{getattr(self, name)}' is none of: {valid}")
-        for name in ("block_size", "vocab_size", "vocab_used", "n_layer", "n_head", "n_embd"):
+        for name in (
+            "block_size", "vocab_size", "vocab_used", "n_layer", "n_head", "n_embd",
+            "linformer_segment", "linformer_rank",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if min(self.n_kv_head, self.mlp_hidden, self.window) < 0:
             raise ValueError("n_kv_head, mlp_hidden and window must be 0 or more")
+        if not self.rope_scaling > 0 or not self.rope_theta > 0 or self.logit_softcap < 0:
+            raise ValueError("rope_scaling and rope_theta must be above 0, logit_softcap 0 or more")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.n_embd % self.n_head:
@@ -93,6 +122,16 @@ class GPTConfig:
             )
         if self.pos == "rope" and self.head_size % 2:
             raise ValueError(f"rope turns pairs of channels: head size {self.head_size} is odd")
+        has_bias = POSITIONS[self.pos].bias is not NoPosition.bias
+        if self.attention_kernel == "flash" and (has_bias or self.window or self.document_mask):
+            raise ValueError(
+                f"attention_kernel flash knows only plain causal attention, not pos '{self.pos}' "
+                f"with window {self.window} and document_mask {self.document_mask}; use auto"
+            )
+        if self.attention == "linformer" and (self.window or self.document_mask):
+            raise ValueError("linformer has segments of its own: drop window and document_mask")
+        if self.attention == "linformer" and self.attention_kernel in ("flash", "flex"):
+            raise ValueError(f"linformer has no {self.attention_kernel} kernel; use auto")
         if self.window_pattern.strip("SL"):
             raise ValueError(f"window_pattern '{self.window_pattern}' may hold only S and L")
         if self.window_pattern and not self.window:
@@ -158,19 +197,39 @@ class Learned(NoPosition):
         return F.embedding(pos, self.weight)  # (T, C)
 
 
-class RoPE(NoPosition):
-    """Su et al. 2021, eq. 34: channels (i, i + hs/2) turn by the angle pos * theta^(-2i/hs).
+class Sinusoidal(NoPosition):
+    """Vaswani et al. 2017, section 3.5: sin and cos of pos / 10000^(2i/C), interleaved.
 
-    The pairing is GPT-NeoX's and Llama's, so that their weights load unchanged.
-    """
+    Divided by sqrt(C), where that paper multiplies the token embeddings by it."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.hs, self.theta = config.head_size, config.rope_theta
+        self.C = config.n_embd
+
+    def embed(self, pos):
+        i = torch.arange(0, self.C, 2, device=pos.device)
+        angle = pos[:, None] * 10000.0 ** (-i / self.C)  # (T, ceil(C/2))
+        waves = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+        return waves[:, : self.C] / math.sqrt(self.C)  # (T, C)
+
+
+class RoPE(NoPosition):
+    """Su et al. 2021, eq. 34: channels (i, i + hs/2) turn by the angle pos * theta^(-2i/hs).
+
+    The pairing is GPT-NeoX's and Llama's, so that their weights load unchanged. rope_scaling is
+    position interpolation (Chen et al. 2023)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.hs, self.theta, self.scaling = (
+            config.head_size,
+            config.rope_theta,
+            config.rope_scaling,
+        )
 
     def rotation(self, pos):
         i = torch.arange(0, self.hs, 2, device=pos.device)
-        angle = pos[:, None] * self.theta ** (-i / self.hs)  # (T, hs/2)
+        angle = pos[:, None] / self.scaling * self.theta ** (-i / self.hs)  # (T, hs/2)
         return angle.cos(), angle.sin()
 
 
@@ -180,7 +239,89 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
-POSITIONS = {"learned": Learned, "rope": RoPE, "none": NoPosition}
+class Alibi(NoPosition):
+    """Press et al. 2022: the score falls by slope * distance, slopes 2^(-8h/nh) for h = 1..nh.
+
+    When nh is no power of two, the authors' released code: the slopes of the power of two below,
+    then every other slope of the power above."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        below = 2 ** math.floor(math.log2(config.n_head))
+        slopes = [2 ** (-8 * h / below) for h in range(1, below + 1)]
+        slopes += [2 ** (-8 * h / (2 * below)) for h in range(1, 2 * below, 2)]
+        self.slopes = slopes[: config.n_head]
+
+    def bias(self, q_pos, k_pos):
+        slopes = torch.tensor(self.slopes, device=q_pos.device)
+        return -slopes[:, None, None] * distances(q_pos, k_pos)  # (nh, Tq, Tk)
+
+
+class Kerple(NoPosition):
+    """Chi et al. 2022, the logarithmic kernel: -r1 log(1 + r2 distance), r1, r2 > 0 learned per
+    head. Like all encodings here it is shared by the layers."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        # r1 spread over the paper's range of initial values, (0, 2]
+        r1 = torch.arange(1, config.n_head + 1) * (2 / config.n_head)
+        self.log_r1 = nn.Parameter(r1.log())  # (nh,)
+        self.log_r2 = nn.Parameter(torch.zeros(config.n_head))  # (nh,)
+
+    def bias(self, q_pos, k_pos):
+        r1, r2 = self.log_r1.exp()[:, None, None], self.log_r2.exp()[:, None, None]
+        return self.kernel(r1, r2, distances(q_pos, k_pos))  # (nh, Tq, Tk)
+
+    def kernel(self, r1, r2, distance):
+        return -r1 * torch.log1p(r2 * distance)
+
+
+class KerplePower(Kerple):
+    """Chi et al. 2022, the power kernel: -r1 distance^r2, r1 > 0 and 0 < r2 <= 2."""
+
+    def kernel(self, r1, r2, distance):
+        # the gradient of 0^r2 is not finite, and a token's distance to itself costs nothing
+        return -r1 * distance.clamp(min=1) ** r2.clamp(max=2) * (distance > 0)
+
+
+class FIRE(NoPosition):
+    """Li et al. 2024, eq. 13 and 19: MLP(psi(i - j) / psi(max(i, L))), psi(x) = log(c x + 1),
+    with c and L learned. Shared by the layers, the paper's FIRE-S."""
+
+    HIDDEN = 32
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.c = nn.Parameter(torch.tensor([0.1]))
+        self.L = nn.Parameter(torch.tensor([config.block_size / 4]))
+        self.mlp = nn.Sequential(
+            nn.Linear(1, self.HIDDEN), nn.ReLU(), nn.Linear(self.HIDDEN, config.n_head)
+        )
+
+    def psi(self, x):
+        return torch.log1p(self.c.abs() * x)
+
+    def bias(self, q_pos, k_pos):
+        threshold = torch.maximum(q_pos.float(), self.L.abs())[:, None]  # (Tq, 1)
+        ratio = self.psi(distances(q_pos, k_pos)) / self.psi(threshold)  # (Tq, Tk)
+        return self.mlp(ratio[..., None]).permute(2, 0, 1)  # (nh, Tq, Tk)
+
+
+def distances(q_pos, k_pos):
+    """How far each key lies behind each query, (Tq,), (Tk,) -> (Tq, Tk) fp32; 0 if ahead."""
+    return (q_pos[:, None] - k_pos[None, :]).clamp(min=0).float()
+
+
+POSITIONS = {
+    "learned": Learned,
+    "sinusoidal": Sinusoidal,
+    "rope": RoPE,
+    "alibi": Alibi,
+    "kerple": Kerple,
+    "kerple_power": KerplePower,
+    "fire": FIRE,
+    "none": NoPosition,
+}
 
 
 # ----------------------------------------------------------------------------- attention
@@ -192,7 +333,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.nh, self.nkv, self.hs = config.n_head, config.n_kv_head, config.head_size
-        self.dropout = config.dropout
+        self.dropout, self.qk_norm = config.dropout, config.qk_norm
+        self.kernel = KERNELS[config.attention_kernel]
         self.c_attn = nn.Linear(config.n_embd, (self.nh + 2 * self.nkv) * self.hs, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -203,34 +345,126 @@ class Attention(nn.Module):
         q = q.view(B, T, self.nh, self.hs).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.nkv, self.hs).transpose(1, 2)  # (B, nkv, T, hs)
         v = v.view(B, T, self.nkv, self.hs).transpose(1, 2)  # (B, nkv, T, hs)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.hs,)), F.rms_norm(k, (self.hs,))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, nkv, Tk, hs)
-        if self.nkv != self.nh:
-            # SDPA's own enable_gqa falls to its slowest kernel in fp32 and with a mask
-            k = k.repeat_interleave(self.nh // self.nkv, dim=1)  # (B, nh, Tk, hs)
-            v = v.repeat_interleave(self.nh // self.nkv, dim=1)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # (B, nh, T, hs)
+        y = self.attend(q, k, v, mask, cache)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
+    def attend(self, q, k, v, mask, cache):
+        """q (B, nh, T, hs), k and v (B, nkv, Tk, hs) -> (B, nh, T, hs)."""
+        return self.kernel(q, self.share(k), self.share(v), mask, self.dropout * self.training)
 
-def attention_mask(q_pos, k_pos, window, bias):
+    def share(self, x):
+        """Key or value heads, (B, nkv, T, hs) -> one for every query head, (B, nh, T, hs)."""
+        # SDPA's own enable_gqa falls to its slowest kernel in fp32 and with a mask
+        return x if self.nkv == self.nh else x.repeat_interleave(self.nh // self.nkv, dim=1)
+
+
+class Linformer(Attention):
+    """Linformer (Wang et al. 2020), made causal: a query sees the tokens of its own segment up to
+    itself, and each segment before that as `rank` weighted sums of its keys and values.
+
+    The paper compresses the whole sequence, the future with it, and has no causal form; here a
+    summary is visible only once its segment is past. Cost grows with T rank / segment + segment
+    keys per token instead of T. S = linformer_segment, R = linformer_rank."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.S = config.linformer_segment
+        self.e_proj = nn.Linear(self.S, config.linformer_rank, bias=False)  # E, for keys
+        self.f_proj = nn.Linear(self.S, config.linformer_rank, bias=False)  # F, for values
+
+    def attend(self, q, k, v, mask, cache):
+        B, nh, T, hs = q.size()
+        n, S = mask.size(-3), self.S  # n segments hold the queries, the last of `end` segments
+        start = cache.start if cache is not None else 0
+        first = start // S
+        end = first + n
+        q = F.pad(q, (0, 0, start - first * S, end * S - start - T))
+        q = q.view(B, nh, n, S, hs)
+        k, v = self.segments(k, end), self.segments(v, end)  # (B, nh, end, S, hs)
+        k_past = self.summarize(k, self.e_proj, n)  # (B, nh, n, end R, hs)
+        v_past = self.summarize(v, self.f_proj, n)
+        k = torch.cat((k_past, k[:, :, first:]), dim=3)  # (B, nh, n, end R + S, hs)
+        v = torch.cat((v_past, v[:, :, first:]), dim=3)
+        y = self.kernel(q, k, v, mask, self.dropout * self.training)  # (B, nh, n, S, hs)
+        return y.flatten(2, 3)[:, :, start - first * S :][:, :, :T]
+
+    def segments(self, x, end):
+        """(B, nkv, Tk, hs) -> its first `end` segments, (B, nh, end, S, hs)."""
+        x = self.share(x)[:, :, : end * self.S]
+        x = F.pad(x, (0, 0, 0, end * self.S - x.size(2)))
+        return x.unflatten(2, (end, self.S))
+
+    def summarize(self, x, proj, n):
+        """(B, nh, end, S, hs) -> every segment's summaries, once per query segment:
+        (B, nh, n, end R, hs)."""
+        past = proj(x.transpose(3, 4)).transpose(3, 4).flatten(2, 3)  # (B, nh, end R, hs)
+        return past[:, :, None].expand(-1, -1, n, -1, -1).type_as(x)
+
+
+def linformer_mask(start, T, config, wpe, device):
+    """Linformer's attention_mask, for queries start to start + T: (1 or nh, n, S, end R + S).
+
+    A summary counts as standing at the last position of its segment."""
+    S, R = config.linformer_segment, config.linformer_rank
+    first, end = start // S, math.ceil((start + T) / S)
+    masks = []
+    for segment in range(first, end):
+        q_pos = torch.arange(segment * S, segment * S + S, device=device)
+        past = torch.arange(S - 1, end * S, S, device=device).repeat_interleave(R)  # (end R,)
+        k_pos = torch.cat((past, q_pos))
+        mask = attention_mask(q_pos, k_pos, 0, wpe.bias(q_pos, k_pos))  # (.., S, end R + S)
+        # the last query would see the summary of its own, just finished segment: it must not
+        own = torch.zeros(end * R + S, dtype=torch.bool, device=device)
+        own[segment * R : segment * R + R] = True
+        hidden = False if mask.dtype == torch.bool else -math.inf
+        masks.append(mask.masked_fill(own, hidden).expand(-1 if mask.dim() == 3 else 1, -1, -1))
+    return torch.stack(masks, dim=1)
+
+
+ATTENTIONS = {"full": Attention, "linformer": Linformer}
+
+
+def attention_mask(q_pos, k_pos, window, bias, q_doc=None, k_doc=None):
     """Who may look at whom: (Tq,), (Tk,) -> True where query may see key (Tq, Tk), or with a
-    bias (nh, Tq, Tk) that bias, -inf where it may not. Causal, and within the window if any."""
+    bias (nh, Tq, Tk) that bias, -inf where it may not. Causal, within the window if there is one,
+    and within the document if there are documents (B, Tq), (B, Tk); then the mask is (B, ...)."""
     distance = q_pos[:, None] - k_pos[None, :]  # (Tq, Tk)
     visible = distance >= 0
     if window:
         visible = visible & (distance < window)
+    if q_doc is not None:
+        visible = visible & (q_doc[:, None, :, None] == k_doc[:, None, None, :])  # (B, 1, Tq, Tk)
     return visible if bias is None else bias.masked_fill(~visible, -math.inf)
+
+
+def sdpa(q, k, v, mask, dropout):
+    """torch's fused attention; no mask means plain causal, for which it has its fastest kernel."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+    )
+
+
+def sdpa_flash(q, k, v, mask, dropout):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(q, k, v, mask, dropout)
+
+
+def sdpa_math(q, k, v, mask, dropout):
+    """Attention step by step, all T x T scores in memory: "regular" attention."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return sdpa(q, k, v, mask, dropout)
+
+
+KERNELS = {"auto": sdpa, "flash": sdpa_flash, "math": sdpa_math}
 
 
 class LayerCache:
@@ -239,21 +473,32 @@ class LayerCache:
     def __init__(self, size):
         self.size, self.k, self.v = size, None, None
 
+    def place(self, start, pos):
+        """Say where the next keys come to lie: those of the positions pos (T,) from start on."""
+        self.start, self.slots = start, pos[-self.size :] % self.size
+        T = len(pos)
+        if start == 0 and T > 1:
+            self.seen_as = "chunk"  # nothing came before: the chunk attends to itself
+        elif T == 1 or start + T <= self.size:
+            self.seen_as = "ring"  # what is overwritten is out of every query's window
+        else:
+            self.seen_as = "both"  # the first queries need what the last keys overwrite
+
     def update(self, k, v):
         """Store k, v (B, nkv, T, hs) of the newest positions -> what their queries attend to."""
-        T = k.size(2)
         if self.k is None:
             self.k = k.new_zeros(*k.shape[:2], self.size, k.size(3))
             self.v = torch.zeros_like(self.k)
-        slots = self.slots[-self.size :]
-        if T == 1:  # decoding: the oldest position, just out of the window, makes room
-            self.k[:, :, slots], self.v[:, :, slots] = k, v
-            return self.k, self.v
-        # a chunk: its first queries still need what its last keys are about to overwrite
-        seen = (k, v) if self.empty else (torch.cat((self.k, k), 2), torch.cat((self.v, v), 2))
-        self.k[:, :, slots] = k[:, :, -self.size :]
-        self.v[:, :, slots] = v[:, :, -self.size :]
-        return seen
+        before = (self.k.clone(), self.v.clone()) if self.seen_as == "both" else None
+        self.k[:, :, self.slots] = k[:, :, -self.size :]
+        self.v[:, :, self.slots] = v[:, :, -self.size :]
+        return self.attended(before, (k, v), (self.k, self.v), dim=2)
+
+    def attended(self, before, new, after, dim):
+        """Pick of tuples of tensors: the ring as it was, the new chunk, the ring as it is now."""
+        if self.seen_as == "both":
+            return tuple(torch.cat(pair, dim) for pair in zip(before, new, strict=True))
+        return new if self.seen_as == "chunk" else after
 
 
 class KVCache:
@@ -267,29 +512,30 @@ class KVCache:
     def __init__(self, config, length):
         self.length, self.seen = length, 0
         self.layers = [LayerCache(min(w, length) if w else length) for w in config.windows]
-        self.positions = {}  # ring size -> (size,) the position in each slot
+        self.tags = {}  # ring size -> position (size,) and document (B, size) in each slot
+        self.documents = 0  # (B, 1) how many documents began so far
 
-    def place(self, pos):
-        """Make room for the tokens at pos (T,), contiguous -> {ring size: positions (Tk,) that
-        their queries attend to}, masks still to be applied."""
+    def place(self, pos, doc):
+        """Make room for the tokens at pos (T,), contiguous, of documents doc (B, T) -> {ring
+        size: (pos, doc) of what their queries attend to}, masks still to be applied."""
         if self.seen + len(pos) > self.length:
             raise ValueError(f"the cache holds {self.length} positions, {len(pos)} more do not fit")
-        attend = {}
+        attended, new = {}, (pos, doc)
         for layer in self.layers:
+            layer.place(self.seen, pos)
             size = layer.size
-            layer.slots, layer.empty = pos % size, self.seen == 0
-            if size in attend:
+            if size in attended:
                 continue
-            before = self.positions.get(size, torch.full((size,), self.FAR, device=pos.device))
-            after = before.clone()
-            after[layer.slots[-size:]] = pos[-size:]
-            self.positions[size] = after
-            if len(pos) == 1:
-                attend[size] = after
-            else:
-                attend[size] = pos if layer.empty else torch.cat((before, pos))
-        self.seen += len(pos)
-        return attend
+            if size not in self.tags:
+                empty = torch.full((size,), self.FAR, device=pos.device)
+                self.tags[size] = (empty, doc.new_zeros(len(doc), size))
+            before, after = self.tags[size], tuple(ring.clone() for ring in self.tags[size])
+            for ring, tag in zip(after, new, strict=True):
+                ring[..., layer.slots] = tag[..., -size:]
+            self.tags[size] = after
+            attended[size] = layer.attended(before, new, after, dim=-1)
+        self.seen, self.documents = self.seen + len(pos), doc[:, -1:]
+        return attended
 
 
 # ----------------------------------------------------------------------------- MLP and block
@@ -349,7 +595,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_1 = NORMS[config.norm](config)
-        self.attn = Attention(config)
+        self.attn = ATTENTIONS[config.attention](config)
         self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
         self.dropout = config.dropout
@@ -372,12 +618,13 @@ def loss_chunks(n):
 class MeanCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of the logits x @ weight.T over the rows with target >= 0.
 
-    x (N, C), weight (V, C), targets (N,) -> a scalar, in fp32. The logits exist a chunk of rows
-    at a time, and their gradient is made while they do: no logits are kept for the backward pass.
+    x (N, C), weight (V, C), targets (N,), logit_softcap -> a scalar, in fp32. The logits exist
+    a chunk of rows at a time, and their gradient is made while they do: none are kept for the
+    backward pass.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, cap):
         w = weight.to(x.dtype)
         count = (targets >= 0).sum().clamp(min=1)
         loss = x.new_zeros((), dtype=torch.float32)
@@ -385,12 +632,16 @@ class MeanCrossEntropy(torch.autograd.Function):
         for rows in loss_chunks(len(x)):
             keep = (targets[rows] >= 0)[:, None]
             target = targets[rows].clamp(min=0)[:, None]
-            logp = (x[rows] @ w.T).log_softmax(-1, dtype=torch.float32)  # (chunk, V)
+            logits = softcap(x[rows] @ w.T, cap)  # (chunk, V)
+            logp = logits.log_softmax(-1, dtype=torch.float32)
             loss = loss - (logp.gather(1, target) * keep).sum()
             # d loss / d logits = softmax - one-hot; the division by count waits for the
             # backward pass, where it meets the loss scale, so that fp16 does not underflow
             grad = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logp.dtype))
-            grad = grad.mul_(keep).to(x.dtype)
+            grad = grad.mul_(keep)
+            if cap:
+                grad *= 1 - (logits / cap) ** 2  # the derivative of cap tanh(logits / cap)
+            grad = grad.to(x.dtype)
             dx[rows] = grad @ w
             if grad.dtype == dw.dtype:
                 dw.addmm_(grad.T, x[rows])
@@ -403,18 +654,22 @@ class MeanCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
-        return dx * scale, dw * scale, None
+        return dx * scale, dw * scale, None, None
 
 
-def cross_entropies(x, weight, targets):
+def cross_entropies(x, weight, targets, cap):
     """Cross entropy of every row, (N, C), (V, C), (N,) -> (N,) fp32, 0 where target is -1; for
     evaluation: no logits outlive their chunk."""
-    w = weight.to(x.dtype)
-    losses = [
-        F.cross_entropy((x[rows] @ w.T).float(), targets[rows], ignore_index=-1, reduction="none")
-        for rows in loss_chunks(len(x))
-    ]
-    return torch.cat(losses) if losses else x.new_zeros(0, dtype=torch.float32)
+    w, losses = weight.to(x.dtype), [x.new_zeros(0, dtype=torch.float32)]
+    for rows in loss_chunks(len(x)):
+        logits = softcap(x[rows] @ w.T, cap).float()  # (chunk, V)
+        losses.append(F.cross_entropy(logits, targets[rows], ignore_index=-1, reduction="none"))
+    return torch.cat(losses)
+
+
+def softcap(logits, cap):
+    """cap * tanh(logits / cap), which keeps logits within +-cap (Gemma 2); cap 0 leaves them."""
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 # ----------------------------------------------------------------------------- the model
@@ -427,6 +682,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        # drawn before anything else is: how much randomness that takes depends on the variant
+        seed = int(torch.randint(2**31, (), device="cpu"))
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -439,16 +696,20 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         if not self.lm_head.weight.is_meta:
-            self.init_weights(seed=int(torch.randint(2**31, ())))
+            self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed):
         """GPT-2's: N(0, 0.02), residual projections by 1/sqrt(2 n_layer) smaller, biases 0."""
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
+            if name.startswith("transformer.wpe.") and self.config.pos != "learned":
+                continue  # Kerple and FIRE come with initial values of their own
+            if name.endswith("bias") or (self.config.zero_init and name.endswith("c_proj.weight")):
                 p.zero_()
             elif p.dim() == 2:
                 std = 0.02
+                if name.endswith(("e_proj.weight", "f_proj.weight")):
+                    std = self.config.linformer_segment**-0.5  # summaries as large as keys
                 if name.endswith("c_proj.weight"):
                     std /= math.sqrt(2 * self.config.n_layer)
                 generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
@@ -459,11 +720,12 @@ class GPT(nn.Module):
         None and the mean cross entropy in nats (fp32 scalar)."""
         x = self.features(idx)
         if targets is None:
-            return self.lm_head(x), None
+            return self.logits(x), None
         x, targets = self.head_input(x.flatten(0, 1)), targets.flatten()
         if torch.is_grad_enabled():
-            return None, MeanCrossEntropy.apply(x, self.lm_head.weight, targets)
-        losses = cross_entropies(x, self.lm_head.weight, targets)
+            cap = self.config.logit_softcap
+            return None, MeanCrossEntropy.apply(x, self.lm_head.weight, targets, cap)
+        losses = self.cross_entropies(x, targets)
         return None, losses.sum() / (targets >= 0).sum().clamp(min=1)
 
     def features(self, idx, cache=None):
@@ -484,18 +746,36 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         rotation = wpe.rotation(pos)
 
-        seen = cache.place(pos) if cache else {}
-        masks, windows = {}, self.config.windows
-        for i, window in enumerate(windows):
-            if window not in masks:  # layers of the same window share their mask
-                k_pos = seen[cache.layers[i].size] if cache else pos
-                bias = wpe.bias(pos, k_pos)
-                plain = k_pos is pos and bias is None and not 0 < window < T
-                # None: plain causal attention, for which SDPA has its fastest kernel
-                masks[window] = None if plain else attention_mask(pos, k_pos, window, bias)
+        masks, windows = self.masks(pos, idx, cache), self.config.windows
         for i, block in enumerate(self.transformer.h):
             x = block(x, rotation, masks[windows[i]], cache.layers[i] if cache else None)
         return self.transformer.ln_f(x)
+
+    def masks(self, pos, idx, cache):
+        """What the tokens idx (B, T) at pos (T,) may attend to: {window: a mask as attention_mask
+        makes it, or None for plain causal attention}, one for all layers of that window."""
+        config, wpe, T = self.config, self.transformer.wpe, len(pos)
+        ends = idx == config.vocab_used - 1  # the end-of-text token begins a document
+        doc = ends.cumsum(1) + (cache.documents if cache else 0)  # (B, T)
+        attended = cache.place(pos, doc) if cache else {}
+        masks = {}
+        for i, window in enumerate(config.windows):
+            if window in masks:
+                continue
+            if config.attention == "linformer":
+                start = cache.layers[i].start if cache else 0
+                masks[window] = linformer_mask(start, T, config, wpe, pos.device)
+                continue
+            k_pos, k_doc = attended[cache.layers[i].size] if cache else (pos, doc)
+            bias = wpe.bias(pos, k_pos)
+            causal = k_pos is pos and bias is None and not 0 < window < T
+            if causal and not config.document_mask:
+                masks[window] = None
+            elif config.document_mask:
+                masks[window] = attention_mask(pos, k_pos, window, bias, doc, k_doc)
+            else:
+                masks[window] = attention_mask(pos, k_pos, window, bias)
+        return masks
 
     @torch.no_grad()
     def token_losses(self, idx, targets):
@@ -505,8 +785,14 @@ class GPT(nn.Module):
         wanted = targets >= 0
         x = self.head_input(self.features(idx)[wanted])  # (N, C)
         result = torch.zeros(targets.shape, device=idx.device)
-        result[wanted] = cross_entropies(x, self.lm_head.weight, targets[wanted])
+        result[wanted] = self.cross_entropies(x, targets[wanted])
         return result
+
+    def cross_entropies(self, x, targets):
+        return cross_entropies(x, self.lm_head.weight, targets, self.config.logit_softcap)
+
+    def logits(self, x):
+        return softcap(self.lm_head(x), self.config.logit_softcap)
 
     @staticmethod
     def head_input(x):
@@ -536,7 +822,7 @@ class GPT(nn.Module):
         fresh = idx
         for _ in range(max_new_tokens):
             x = self.features(fresh if use_cache else idx, cache)
-            logits = self.lm_head(x[:, -1]).float()[:, : self.config.vocab_used]  # (B, V used)
+            logits = self.logits(x[:, -1]).float()[:, : self.config.vocab_used]  # (B, V used)
             fresh = sample_token(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
             idx = torch.cat((idx, fresh), dim=1)
             yield fresh[:, 0]

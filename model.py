@@ -16,6 +16,7 @@ Shapes: B batch, T positions (Tq queries, Tk keys), C = n_embd, nh = n_head, nkv
 hs = C / nh, V = vocab_size. Parameter names are nanoGPT's.
 """
 
+import functools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
 # The choices of pos, norm and mlp are the keys of the dicts below: a new one is added in one place.
@@ -86,7 +88,7 @@ class GPTConfig:
     document_mask: bool = False
     """attention does not cross the end-of-text token, id vocab_used - 1"""
     attention_kernel: "Literal[tuple(KERNELS)]" = "auto"
-    """auto lets torch choose; flash and math insist"""
+    """auto lets torch choose; flash and math insist; flex is FlexAttention, made for CUDA"""
 
     def __post_init__(self):
         tables = {
@@ -132,6 +134,8 @@ class GPTConfig:
             raise ValueError("linformer has segments of its own: drop window and document_mask")
         if self.attention == "linformer" and self.attention_kernel in ("flash", "flex"):
             raise ValueError(f"linformer has no {self.attention_kernel} kernel; use auto")
+        if self.attention_kernel == "flex" and self.dropout:
+            raise ValueError(f"flex attention has no dropout: set dropout {self.dropout} to 0")
         if self.window_pattern.strip("SL"):
             raise ValueError(f"window_pattern '{self.window_pattern}' may hold only S and L")
         if self.window_pattern and not self.window:
@@ -464,7 +468,33 @@ def sdpa_math(q, k, v, mask, dropout):
         return sdpa(q, k, v, mask, dropout)
 
 
-KERNELS = {"auto": sdpa, "flash": sdpa_flash, "math": sdpa_math}
+def flex(q, k, v, mask, dropout):
+    """FlexAttention: skips the blocks that a window or documents mask out; mask as flex_mask's."""
+    block_mask, bias = mask
+    score_mod = None if bias is None else lambda score, b, h, i, j: score + bias[h, i, j]
+    if q.is_cuda and not torch.compiler.is_compiling():
+        return compiled_flex()(q, k, v, score_mod, block_mask)  # unfused unless compiled
+    return flex_attention(q, k, v, score_mod, block_mask)
+
+
+@functools.cache
+def compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_mask(q_pos, k_pos, window, bias, q_doc=None, k_doc=None):
+    """attention_mask in the form that flex takes: a BlockMask, and the bias (nh, Tq, Tk)."""
+
+    def visible(b, h, i, j):
+        distance = q_pos[i] - k_pos[j]
+        see = (distance >= 0) & (distance < window) if window else distance >= 0
+        return see if q_doc is None else see & (q_doc[b, i] == k_doc[b, j])
+
+    B = None if q_doc is None else len(q_doc)
+    return create_block_mask(visible, B, None, len(q_pos), len(k_pos), q_pos.device), bias
+
+
+KERNELS = {"auto": sdpa, "flash": sdpa_flash, "math": sdpa_math, "flex": flex}
 
 
 class LayerCache:
@@ -769,12 +799,12 @@ class GPT(nn.Module):
             k_pos, k_doc = attended[cache.layers[i].size] if cache else (pos, doc)
             bias = wpe.bias(pos, k_pos)
             causal = k_pos is pos and bias is None and not 0 < window < T
-            if causal and not config.document_mask:
+            if causal and not config.document_mask and config.attention_kernel != "flex":
                 masks[window] = None
-            elif config.document_mask:
-                masks[window] = attention_mask(pos, k_pos, window, bias, doc, k_doc)
-            else:
-                masks[window] = attention_mask(pos, k_pos, window, bias)
+                continue
+            make = flex_mask if config.attention_kernel == "flex" else attention_mask
+            docs = (doc, k_doc) if config.document_mask else ()
+            masks[window] = make(pos, k_pos, window, bias, *docs)
         return masks
 
     @torch.no_grad()

@@ -153,6 +153,13 @@ class GPTConfig:
         pattern = self.window_pattern or "S"
         return [self.window if pattern[i % len(pattern)] == "S" else 0 for i in range(self.n_layer)]
 
+    def keys_per_token(self, T):
+        """Keys that the last of T tokens meets, summed over the layers."""
+        if self.attention == "linformer":
+            S, R = self.linformer_segment, self.linformer_rank
+            return self.n_layer * min(T, T * R // S + S)
+        return sum(min(w, T) if w else T for w in self.windows)
+
 
 # ----------------------------------------------------------------------------- normalisation
 
@@ -870,13 +877,13 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T=None):
         """Training FLOPs per token at context T (default block_size): 6 N + 12 n_layer n_embd T
-        (PaLM, appendix B), where N counts the head but no position table, and a windowed layer
-        counts min(window, T) keys."""
+        (PaLM, appendix B), where N counts the head but no position table, and T the keys that
+        the layers really meet."""
         c, T = self.config, T or self.config.block_size
         N = self.num_params() - sum(p.numel() for p in self.transformer.wpe.parameters())
         if not c.tie_embeddings:
             N -= self.transformer.wte.weight.numel()  # a look-up, not a product
-        return 6 * N + 12 * c.n_embd * sum(min(w, T) if w else T for w in c.windows)
+        return 6 * N + 12 * c.n_embd * c.keys_per_token(T)
 
     # ------------------------------------------------------------------------- loading
 
@@ -1050,3 +1057,10 @@ def pick_dtype(name, device):
 def autocast(device, dtype):
     """The context in which the model runs its products in dtype; does nothing for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+if __name__ == "__main__":
+    import cli
+    import switches  # what the switches cost, by formula, and pictures of them
+
+    cli.run(switches.main)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cli
-from model import FIRE, POSITIONS, GPTConfig, attention_mask
+from model import FIRE, POSITIONS, GPTConfig, attention_mask, linformer_mask
 
 BYTES = 2  # of a number in bf16
 
@@ -211,7 +211,7 @@ def plot(config, folder, T=64):
         "full": attention_mask(pos, pos, 0, None),
         "window 16": attention_mask(pos, pos, 16, None),
         "document_mask": attention_mask(pos, pos, 0, None, doc, doc)[0, 0],
-        "linformer, S = 16": linformer_picture(pos, 16),
+        "linformer, S = 16": linformer_picture(T, 16),
     }
     figure, axes = plt.subplots(1, len(masks), figsize=(3.2 * len(masks), 3.2))
     for (name, mask), axis in zip(masks.items(), axes, strict=True):
@@ -220,10 +220,15 @@ def plot(config, folder, T=64):
     save(figure, folder / "masks.png")
 
 
-def linformer_picture(pos, S):
+def linformer_picture(T, S):
     """1 where a query sees a token itself, 0.4 where only its segment's summary, (T, T)."""
-    q, k = pos[:, None] // S, pos[None, :] // S
-    return ((q == k) & (pos[:, None] >= pos[None, :])).float() + 0.4 * (k < q)
+    config = GPTConfig(attention="linformer", linformer_segment=S, linformer_rank=1, pos="none")
+    mask = linformer_mask(0, T, config, POSITIONS["none"](config), "cpu")[0]  # (n, S, n + S)
+    n = T // S
+    picture = 0.4 * mask[:, :, :n].flatten(0, 1).repeat_interleave(S, dim=1)
+    for i in range(n):
+        picture[i * S : i * S + S, i * S : i * S + S] = mask[i, :, n:]
+    return picture
 
 
 def save(figure, path):
@@ -239,7 +244,11 @@ class ShowConfig:
 
 
 def main():
-    config, show = cli.parse(GPTConfig, ShowConfig, configs=True, description=__doc__)
+    from train_gpt2 import TrainConfig  # config files hold its fields too
+
+    config, _, show = cli.parse(
+        GPTConfig, TrainConfig, ShowConfig, configs=True, description=__doc__
+    )
     if show.plot:
         plot(config, show.plot)
     else:

@@ -55,6 +55,8 @@ class GPTConfig:
     """normalisation before attention, before the MLP and before the head"""
     norm_eps: float = 1e-5
     """epsilon inside the normalisation"""
+    embd_norm: bool = False
+    """a normalisation right after the embeddings too, as in Bloom"""
     mlp: "Literal[tuple(MLPS)]" = "gelu"
     """feed-forward network"""
     mlp_hidden: int = 0
@@ -729,6 +731,8 @@ class GPT(nn.Module):
                 ln_f=NORMS[config.norm](config),
             )
         )
+        if config.embd_norm:
+            self.transformer["ln_emb"] = NORMS[config.norm](config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
@@ -780,6 +784,8 @@ class GPT(nn.Module):
         embedded = wpe.embed(pos)
         if embedded is not None:
             x = x + embedded
+        if self.config.embd_norm:
+            x = self.transformer.ln_emb(x)
         x = F.dropout(x, self.config.dropout, self.training)
         rotation = wpe.rotation(pos)
 
@@ -911,37 +917,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """Load GPT-2 weights in Hugging Face's layout, from a folder or from the hub ("gpt2")."""
-        folder = Path(name_or_folder)
-        if not folder.is_dir():
-            folder = download_from_hub(str(name_or_folder))
-        hf = read_json(folder / "config.json")
-        if hf.get("model_type") != "gpt2":
-            raise ValueError(f"{folder}: model_type '{hf.get('model_type')}' is not gpt2")
-        activation = hf.get("activation_function", "gelu_new")
-        if activation not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ValueError(f"{folder}: activation {activation} has no switch here")
-        model = cls.empty(
-            GPTConfig(
-                block_size=hf["n_positions"],
-                vocab_size=hf["vocab_size"],
-                n_layer=hf["n_layer"],
-                n_head=hf["n_head"],
-                n_embd=hf["n_embd"],
-                mlp_hidden=hf.get("n_inner") or 0,
-                norm_eps=hf["layer_norm_epsilon"],
-                tie_embeddings=hf.get("tie_word_embeddings", True),
-            )
-        )
-        weights = {}
-        for name, w in read_safetensors(folder / "model.safetensors").items():
-            name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-            if name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # the causal mask, a buffer
-            if name.endswith(GPT2_CONV1D):
-                w = w.t()  # Hugging Face's Conv1D holds (in, out)
-            weights[name] = w
-        return model.load_weights(weights, folder)
+        """Load a Hugging Face model, from a folder or from the hub ("gpt2"); see hf.py."""
+        import hf
+
+        return hf.load(name_or_folder)
 
     @classmethod
     def empty(cls, config):
@@ -969,9 +948,6 @@ class GPT(nn.Module):
                 raise ValueError(f"{origin}: {name} has shape {have}, the config asks for {want}")
         self.load_state_dict(weights)
         return self
-
-
-GPT2_CONV1D = tuple(f"{m}.weight" for m in ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"))
 
 
 def sample_token(logits, temperature, top_k, top_p, generator=None):
@@ -1009,21 +985,6 @@ def read_safetensors(path):
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-def download_from_hub(name):
-    """Fetch config.json and model.safetensors of a hub repo -> their folder in the hub's cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        hf_hub_download(name, "config.json")
-        return Path(hf_hub_download(name, "model.safetensors")).parent
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"'{name}' is neither a checkpoint folder nor a model the hub gave: {reason}"
-        ) from None
 
 
 # ----------------------------------------------------------------------------- where it runs

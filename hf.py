@@ -1,0 +1,462 @@
+"""python hf.py runs/quickstart --out exported
+
+Checkpoint -> Hugging Face folder, which AutoModelForCausalLM and AutoTokenizer load without a
+network: config.json, model.safetensors, generation_config.json and, for GPT-2's vocabulary, the
+tokenizer. CHECKPOINT is a run or step folder, a Hugging Face folder or a hub name. load() is the
+way back, behind GPT.from_pretrained.
+
+    checkpoint --choose a Layout--> rename, split, transpose --save--> folder
+    folder or hub name --load--> transpose, stack, rename --> GPT
+
+LAYOUTS says how each model_type of Hugging Face spells a GPTConfig and its parameters; one table
+serves both ways. A model that no layout holds exactly is refused, with the switch to blame.
+This file exists so that model.py knows no layout but its own.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tyro.conf import Positional
+
+import cli
+from fineweb import (
+    EOT,
+    N_VOCAB,
+    get_tokenizer,
+    hub_download,
+    is_gpt2,
+    vocabulary_files,
+    with_retries,
+)
+from model import GPT, GPTConfig, read_json, read_safetensors
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OFFLINE = "weights load from safetensors only, and without a network only from a folder"
+# buffers of older uploads: the causal mask, RoPE's wavelengths
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+@dataclass
+class Config:
+    checkpoint: Positional[str]
+    """run folder (its latest step), step folder, Hugging Face folder, or hub name such as gpt2"""
+    out: str
+    """new folder for the Hugging Face files"""
+
+
+# ---------------------------------------------------------------------------------------------
+# The layouts
+
+
+def conv1d(name, w, config, reading):
+    """GPT-2's linear layers hold (in, out) where nn.Linear holds (out, in)."""
+    return w.t() if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")) else w
+
+
+def per_head(name, w, config, reading):
+    """Bloom's fused rows are q, k, v of head 0, q, k, v of head 1, ...; ours all q, all k, all v:
+    (3 C, ...) -> (3 C, ...)."""
+    if ".c_attn." not in name:
+        return w
+    groups = (config.n_head, 3) if reading else (3, config.n_head)
+    return w.unflatten(0, (*groups, config.head_size)).transpose(0, 1).flatten(0, 2)
+
+
+@dataclass
+class Layout:
+    architecture: str
+    """its class in transformers"""
+    stem: str
+    """what their parameter names begin with"""
+    blocks: str
+    """their name for h, the list of blocks"""
+    modules: dict[str, str]
+    """our module -> theirs, or several whose rows ours stacks"""
+    keys: dict[str, str]
+    """GPTConfig field -> its name in config.json"""
+    switches: dict[str, tuple]
+    """GPTConfig field -> the value that the layout implies, then those that can take its form:
+    no biases are biases of zero, and a table holds any positions that are added"""
+    only: dict[str, tuple]
+    """config.json key -> the values this model can have; the first where it is absent"""
+    defaults: dict
+    """config.json key -> its value where it is absent"""
+    rearrange: Callable = lambda name, w, config, reading: w
+    """(our name, w, config, reading or writing) -> w in the other's order of elements"""
+
+
+GPT2_KEYS = {
+    "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+    "norm_eps": "layer_norm_epsilon", "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+GPT2_SWITCHES = {"norm": ("layernorm",), "mlp": ("gelu",), "bias": (True, False)}
+LLAMA_KEYS = {
+    "block_size": "max_position_embeddings", "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+    "mlp_hidden": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+LLAMA_SWITCHES = {"pos": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",)}
+LLAMA_MODULES = {
+    "wte": "embed_tokens", "ln_f": "norm",
+    "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
+    "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.gate_proj mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
+}  # fmt: skip
+TANH = ("gelu_new", "gelu_pytorch_tanh")  # two names of our GELU
+LAYOUTS = {
+    "gpt2": Layout(
+        "GPT2LMHeadModel", "transformer", "h",
+        {name: name for name in ("wte", "wpe", "ln_f", "ln_1", "ln_2", "attn.c_attn",
+                                 "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
+        GPT2_KEYS | {"block_size": "n_positions", "n_embd": "n_embd", "mlp_hidden": "n_inner"},
+        GPT2_SWITCHES | {"pos": ("learned", "sinusoidal", "none")},
+        {"activation_function": TANH, "scale_attn_weights": (True,),
+         "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+        {"n_inner": None, "tie_word_embeddings": True},
+        conv1d,
+    ),
+    "llama": Layout(
+        "LlamaForCausalLM", "model", "layers", LLAMA_MODULES,
+        LLAMA_KEYS | {"bias": "attention_bias"},
+        LLAMA_SWITCHES,
+        {"hidden_act": ("silu",)},
+        {"num_key_value_heads": None, "tie_word_embeddings": False, "attention_bias": False},
+    ),
+    "mistral": Layout(
+        "MistralForCausalLM", "model", "layers", LLAMA_MODULES,
+        LLAMA_KEYS | {"window": "sliding_window"},
+        LLAMA_SWITCHES | {"bias": (False,)},
+        {"hidden_act": ("silu",)},
+        {"tie_word_embeddings": False},
+    ),
+    "starcoder2": Layout(
+        "Starcoder2ForCausalLM", "model", "layers",
+        LLAMA_MODULES | {"mlp.c_fc": "mlp.c_fc", "mlp.c_proj": "mlp.c_proj"},
+        LLAMA_KEYS | {"norm_eps": "norm_epsilon", "window": "sliding_window"},
+        GPT2_SWITCHES | {"pos": ("rope",)},
+        {"hidden_act": TANH[::-1], "use_bias": (True,)},
+        {"tie_word_embeddings": True, "sliding_window": None},
+    ),
+    "bloom": Layout(
+        "BloomForCausalLM", "transformer", "h",
+        {"wte": "word_embeddings", "ln_emb": "word_embeddings_layernorm", "ln_f": "ln_f",
+         "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
+         "attn.c_attn": "self_attention.query_key_value", "attn.c_proj": "self_attention.dense",
+         "mlp.c_fc": "mlp.dense_h_to_4h", "mlp.c_proj": "mlp.dense_4h_to_h"},
+        GPT2_KEYS | {"block_size": "seq_length", "n_embd": "hidden_size"},
+        GPT2_SWITCHES | {"pos": ("alibi",), "embd_norm": (True,)},
+        {"apply_residual_connection_post_layernorm": (False,)},
+        {"tie_word_embeddings": True, "seq_length": 2048},
+        per_head,
+    ),
+}  # fmt: skip
+
+
+def misfits(config, layout):
+    """{GPTConfig field: the values that the layout has for it} of each that differs."""
+    plain = {
+        "attention": ("full",), "n_kv_head": (config.n_head,), "mlp_hidden": (4 * config.n_embd,),
+        "window": (0,), "window_pattern": ("",), "qk_norm": (False,), "embd_norm": (False,),
+        "logit_softcap": (0,), "document_mask": (False,),
+    }  # fmt: skip
+    has = {k: v for k, v in (plain | layout.switches).items() if k not in layout.keys}
+    return {name: values for name, values in has.items() if getattr(config, name) not in values}
+
+
+def choose(config):
+    """The model_type that holds this config exactly; ValueError naming the switches if none does,
+    by the layout that comes nearest."""
+    problems = {kind: misfits(config, layout) for kind, layout in LAYOUTS.items()}
+    kind = min(problems, key=lambda k: ("pos" in problems[k], len(problems[k])))
+    if problems[kind]:
+        texts = [
+            f"{name} {getattr(config, name)!r} ({kind} has {' or '.join(map(repr, values))})"
+            for name, values in problems[kind].items()
+        ]
+        raise ValueError(f"no Hugging Face layout holds {' with '.join(texts)}")
+    return kind
+
+
+# ---------------------------------------------------------------------------------------------
+# Parameters
+
+
+def their_names(name, layout):
+    """transformer.h.3.mlp.c_fc.weight -> [model.layers.3.mlp.gate_proj.weight, ...]"""
+    if name.startswith("lm_head."):
+        return [name]
+    module, kind = name.removeprefix("transformer.").rsplit(".", 1)
+    stem = layout.stem
+    if module.startswith("h."):
+        _, i, module = module.split(".", 2)
+        stem = f"{stem}.{layout.blocks}.{i}"
+    return [f"{stem}.{part}.{kind}" for part in layout.modules[module].split()]
+
+
+def parameters(config):
+    """{name: meta tensor} of this config's parameters; a tied head is not one of its own."""
+    with torch.device("meta"):
+        state = GPT(config).state_dict()
+    return {n: w for n, w in state.items() if n != "lm_head.weight" or not config.tie_embeddings}
+
+
+def to_theirs(state, config, layout):
+    """Our parameters -> theirs, {name: tensor}."""
+    kv, theirs = config.n_kv_head * config.head_size, {}
+    for name, w in state.items():
+        names = their_names(name, layout)
+        w = layout.rearrange(name, w, config, False)
+        rows = {1: [len(w)], 2: [len(w) // 2] * 2, 3: [config.n_embd, kv, kv]}[len(names)]
+        theirs |= zip(names, w.split(rows), strict=True)
+    return theirs
+
+
+def to_ours(weights, config, layout, origin):
+    """Their parameters -> ours; ValueError for one that is missing, unknown or misshapen."""
+    state = parameters(config)
+    expected, weights = to_theirs(state, config, layout), dict(weights)
+    for name in list(weights):
+        if name.endswith(BUFFERS) or (name == "lm_head.weight" and config.tie_embeddings):
+            del weights[name]
+        elif not name.startswith((f"{layout.stem}.", "lm_head.")):  # as the hub's gpt2 has it
+            weights[f"{layout.stem}.{name}"] = weights.pop(name)
+    for word, names in (("lacks", expected.keys() - weights.keys()),
+                        ("has unknown", weights.keys() - expected.keys())):  # fmt: skip
+        if names:
+            raise ValueError(f"{origin} {word} tensors {', '.join(sorted(names)[:3])}")
+    for name, w in weights.items():
+        have, want = tuple(w.shape), tuple(expected[name].shape)
+        if have != want:
+            raise ValueError(f"{origin}: {name} has shape {have}, config.json asks for {want}")
+    ours = {name: torch.cat([weights[n] for n in their_names(name, layout)]) for name in state}
+    return {name: layout.rearrange(name, w, config, True) for name, w in ours.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Folder -> model
+
+
+def load(name_or_folder):
+    """The GPT of a Hugging Face folder or hub name, in fp32, whatever dtype its files have.
+
+    ValueError (one line) when it cannot be fetched, is damaged, or is a model that this one
+    cannot be."""
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        folder = download(str(name_or_folder))
+    config, layout = read_config(folder)
+    weights = to_ours(read_weights(folder), config, layout, folder)
+    return GPT.empty(config).load_weights(weights, folder)
+
+
+def read_config(folder):
+    """config.json -> GPTConfig and Layout."""
+    hf = read_json(folder / "config.json")
+    kind = hf.get("model_type") if isinstance(hf, dict) else None
+    if kind not in LAYOUTS:
+        raise ValueError(f"{folder}: model_type '{kind}' is none of: {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[kind]
+    for old, new in {"n_embed": "hidden_size", "num_attention_heads": "n_head"}.items():
+        if new in layout.keys.values() and old in hf:  # Bloom's first uploads
+            hf.setdefault(new, hf[old])
+    hf = {key: values[0] for key, values in layout.only.items()} | layout.defaults | hf
+    for key, values in layout.only.items():
+        if hf[key] not in values:
+            known = " or ".join(map(str, values))
+            raise ValueError(f"{folder}: {key} '{hf[key]}' has no switch here, only {known}")
+    if hf.get("mlp_bias", False) != hf.get("attention_bias", False):
+        raise ValueError(f"{folder}: attention_bias and mlp_bias differ; here one switch is both")
+    try:
+        fields = {ours: 0 if hf[key] is None else hf[key] for ours, key in layout.keys.items()}
+        fields |= {name: values[0] for name, values in layout.switches.items()}
+        if fields["pos"] == "rope":
+            fields |= read_rope(hf, folder)
+        # a foreign folder does not say which rows only pad
+        fields["vocab_used"] = hf.get("vocab_used", hf["vocab_size"])
+        return GPTConfig(**fields), layout
+    except KeyError as error:
+        raise ValueError(f"{folder}: config.json lacks {error}") from None
+    except TypeError as error:
+        raise ValueError(f"{folder}: config.json has a value of a wrong type: {error}") from None
+
+
+def read_rope(hf, folder):
+    """RoPE's fields, from transformers 5's rope_parameters or the older rope_theta and
+    rope_scaling."""
+    width = hf["hidden_size"] // hf["num_attention_heads"]
+    if (hf.get("head_dim") or width) != width:
+        raise ValueError(f"{folder}: head_dim {hf['head_dim']} has no switch here, only {width}")
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_parameters") or {})
+    rope |= hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise ValueError(f"{folder}: rope_type '{kind}' has no switch here, only linear")
+    factor = rope["factor"] if kind == "linear" else 1.0
+    return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": float(factor)}
+
+
+def read_weights(folder):
+    """All tensors of a folder, from one safetensors file or the shards that an index names."""
+    if not (folder / INDEX).is_file():
+        return read_safetensors(folder / WEIGHTS)
+    weights = {}
+    for shard in shard_names(folder / INDEX):
+        weights |= read_safetensors(folder / shard)
+    return weights
+
+
+def shard_names(index):
+    try:
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} has no weight_map of file names") from None
+    for shard in shards:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index} names {shard}, which is no safetensors file beside it")
+    return shards
+
+
+def download(name):
+    """Fetch a hub model's config and weights -> their folder in the hub's cache."""
+    from huggingface_hub import file_exists
+
+    def fetch(file, check, revision=None):
+        def check_or_forget(path):
+            try:
+                check(path)
+            except ValueError:
+                if os.path.islink(path):  # the cache would link to the same damaged file again
+                    os.remove(os.path.realpath(path))
+                raise
+
+        path = hub_download(name, file, None, "model", revision, check_or_forget, OFFLINE)
+        return Path(path).parent
+
+    folder = fetch("config.json", read_json)
+    commit = folder.name  # all files of one commit, also when the repo changes meanwhile
+    sharded = (folder / INDEX).is_file()
+    if not sharded and not (folder / WEIGHTS).is_file():
+        sharded = with_retries(name, lambda: file_exists(name, INDEX, revision=commit), OFFLINE)
+        if sharded:
+            fetch(INDEX, shard_names, commit)
+    for file in shard_names(folder / INDEX) if sharded else [WEIGHTS]:
+        fetch(file, check_whole, commit)
+    return folder
+
+
+def check_whole(path):
+    """ValueError if a safetensors file is truncated or none; reads its header only."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Model -> folder
+
+
+def save(model, folder):
+    """Write a GPT as a new Hugging Face folder, in fp32 -> its model_type.
+
+    ValueError when no layout holds the model, or the folder exists and is not empty."""
+    config, folder = model.config, Path(folder)
+    if len(set(config.windows)) == 1:  # a pattern without a mix
+        config = replace(
+            config, window=config.windows[0], window_pattern="", attention_kernel="auto"
+        )
+    kind = choose(config)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; give a new one as --out")
+    layout = LAYOUTS[kind]
+    # the config as it will be read back
+    held = replace(config, **{name: values[0] for name, values in layout.switches.items()})
+    state = model.state_dict()
+    if config.pos != held.pos:  # sinusoidal or none: tabulated
+        table = model.transformer.wpe.embed(torch.arange(config.block_size))
+        state |= {} if table is None else {"transformer.wpe.weight": table}
+    # what it lacks are zeros: biases, or the position table of none
+    state = {name: state.get(name, torch.zeros(w.shape)) for name, w in parameters(held).items()}
+    weights = {
+        name: w.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+        for name, w in to_theirs(state, held, layout).items()
+    }
+    gpt2_vocabulary = config.vocab_used == N_VOCAB
+    eot = EOT if gpt2_vocabulary else None
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    if gpt2_vocabulary:
+        write_tokenizer(beside, config.block_size)
+    save_file(weights, beside / WEIGHTS, {"format": "pt"})
+    write_json(beside / "config.json", write_config(held, kind, eot))
+    generation = {"bos_token_id": eot, "eos_token_id": eot}
+    if config.vocab_used < config.vocab_size:  # padding, never to be sampled
+        generation["suppress_tokens"] = list(range(config.vocab_used, config.vocab_size))
+    write_json(beside / "generation_config.json", generation)
+    os.replace(beside, folder)
+    return kind
+
+
+def write_config(config, kind, eot):
+    """GPTConfig -> the dict of config.json; eot is the end-of-text id or None."""
+    layout = LAYOUTS[kind]
+    hf = {"architectures": [layout.architecture], "model_type": kind, "torch_dtype": "float32"}
+    hf |= {"bos_token_id": eot, "eos_token_id": eot, "vocab_used": config.vocab_used}
+    hf |= {key: values[0] for key, values in layout.only.items()}
+    hf |= {key: getattr(config, ours) for ours, key in layout.keys.items()}
+    if "sliding_window" in hf:
+        hf["sliding_window"] = config.window or None
+    if "attention_bias" in hf:
+        hf["mlp_bias"] = config.bias
+    if config.pos == "rope":
+        linear = {"rope_type": "linear", "factor": config.rope_scaling}
+        scaling = linear if config.rope_scaling != 1 else None
+        rope = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
+        # transformers 5 reads the first, 4 the others
+        hf |= {"rope_parameters": rope, "rope_theta": config.rope_theta, "rope_scaling": scaling}
+    if kind == "gpt2":  # where absent, transformers trains with 0.1
+        hf |= {f"{part}_pdrop": config.dropout for part in ("resid", "embd", "attn")}
+    return hf
+
+
+def write_tokenizer(folder, block_size):
+    """GPT-2's vocabulary: the ids of tiktoken's encode_ordinary, except that <|endoftext|> in a
+    text is the end-of-text id unless split_special_tokens=True is passed."""
+    get_tokenizer()  # fetches the vocabulary, or says how to get it
+    cached, packaged = vocabulary_files()
+    files = cached if is_gpt2(cached) else packaged
+    shutil.copyfile(files["encoder.json"], folder / "vocab.json")
+    shutil.copyfile(files["vocab.bpe"], folder / "merges.txt")
+    about = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    about |= {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
+    write_json(folder / "tokenizer_config.json", about)
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main():
+    config = cli.parse(Config)
+    model = GPT.from_checkpoint(config.checkpoint)
+    kind = save(model, config.out)
+    print(f"{config.out}: {model.num_params():,} parameters in {kind} layout")
+    if not (Path(config.out) / "tokenizer_config.json").exists():
+        used = model.config.vocab_used
+        print(f"without a tokenizer: vocab_used is {used}, GPT-2's vocabulary has {N_VOCAB}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

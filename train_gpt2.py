@@ -309,6 +309,10 @@ class Trainer:
         self.model_config = self.model.config
 
         c = self.model_config
+        if c.attention_kernel == "flex" and self.device.type != "cuda":
+            raise ValueError(
+                f"attention_kernel flex trains on CUDA only, not {self.device}; use auto"
+            )
         self.train = open_windows(config, "train", c.block_size, c.vocab_size)
         self.val = open_windows(config, "val", c.block_size, c.vocab_size)
         self.batch_windows = self.count_batch_windows()
@@ -362,7 +366,7 @@ class Trainer:
                 )
             return self.config.micro_batch
         if self.device.type != "cuda":
-            # larger gains nothing without thousands of cores to fill, and always fits
+            # without thousands of cores to fill, larger gains nothing
             most = max(1, 8192 // self.model_config.block_size)
             return max(d for d in divisors(per_rank) if d <= most)
         most = 2**18 // self.model_config.block_size  # far beyond what fills a card

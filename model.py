@@ -467,6 +467,8 @@ def sdpa(q, k, v, mask, dropout):
 
 
 def sdpa_flash(q, k, v, mask, dropout):
+    if mask is not None:  # decoding from a cache
+        return sdpa(q, k, v, mask, dropout)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return sdpa(q, k, v, mask, dropout)
 

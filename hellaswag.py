@@ -19,6 +19,8 @@ import math
 import os
 import random
 import re
+import sys
+import zlib
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -27,7 +29,8 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 import cli
-from fineweb import EOT, N_VOCAB, get_tokenizer, hub_download, write_beside
+from fineweb import EOT, N_VOCAB, get_tokenizer, write_beside
+from hub import hub_download
 from model import GPT, autocast, pick_device, pick_dtype
 
 DATASET, DATA_FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
@@ -106,8 +109,8 @@ def read_records(path):
 
         try:
             rows = pq.read_table(path).to_pylist()
-        except ValueError as error:  # pyarrow's ArrowInvalid
-            raise ValueError(f"{path} is not a whole parquet file: {error}") from None
+        except (ValueError, OSError) as error:  # pyarrow raises either for a damaged file
+            raise ValueError(f"cannot read {path} as parquet: {error}") from None
         yield from enumerate(rows, 1)
         return
     number = 0
@@ -118,7 +121,7 @@ def read_records(path):
                     yield number, json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}, after line {number}: {error}") from None
 
 
@@ -230,6 +233,10 @@ def predict(model, examples, batch_tokens=BATCH_TOKENS, progress=""):
         )
     longest = math.inf if model.transformer.wpe.extrapolates else config.block_size
     rows = [[cut(row, longest) for row in example.rows] for example in examples]
+    changed = sum(ex.rows != four for ex, four in zip(examples, rows, strict=True))
+    if progress and changed:
+        note = f"{changed} items are longer than this model's {longest} positions: cut on the left"
+        print(f"{progress}: {note}", file=sys.stderr)
     losses = score_rows(model, {row for four in rows for row in four}, batch_tokens, progress)
     loss = torch.tensor([[losses[row] for row in four] for four in rows], dtype=torch.float64)
     norm = torch.tensor([ex.chars or [row.scored for row in four]
@@ -257,14 +264,12 @@ def score_rows(model, rows, batch_tokens, progress=""):
     with tqdm(total=len(rows), desc=progress, unit="row", disable=disable) as bar:
         for batch in batches(rows, batch_tokens):
             T = len(batch[0].ids) - 1
-            # padding on the right: no token sees it, for attention is causal
-            idx = [row.ids[:-1] + (0,) * (T + 1 - len(row.ids)) for row in batch]
-            targets = [
-                (-1,) * (len(row.ids) - 1 - row.scored)
-                + row.ids[-row.scored :]
-                + (-1,) * (T + 1 - len(row.ids))
-                for row in batch
-            ]
+            idx, targets = [], []
+            for ids, scored in batch:
+                # padding on the right: no token sees it, for attention is causal
+                pad = T + 1 - len(ids)
+                idx.append(ids[:-1] + (0,) * pad)
+                targets.append((-1,) * (T - pad - scored) + ids[-scored:] + (-1,) * pad)
             idx, targets = torch.tensor(idx, device=device), torch.tensor(targets, device=device)
             sums = model.token_losses(idx, targets).sum(1)  # (B,)
             losses.update(zip(batch, sums.tolist(), strict=True))

@@ -26,15 +26,8 @@ from safetensors.torch import save_file
 from tyro.conf import Positional
 
 import cli
-from fineweb import (
-    EOT,
-    N_VOCAB,
-    get_tokenizer,
-    hub_download,
-    is_gpt2,
-    vocabulary_files,
-    with_retries,
-)
+from fineweb import EOT, N_VOCAB, get_tokenizer, is_gpt2, vocabulary_files
+from hub import hub_download, with_retries
 from model import GPT, GPTConfig, read_json, read_safetensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -437,9 +430,19 @@ def write_tokenizer(folder, block_size):
     get_tokenizer()  # fetches the vocabulary, or says how to get it
     cached, packaged = vocabulary_files()
     files = cached if is_gpt2(cached) else packaged
-    shutil.copyfile(files["encoder.json"], folder / "vocab.json")
-    shutil.copyfile(files["vocab.bpe"], folder / "merges.txt")
-    about = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    vocab = json.loads(Path(files["encoder.json"]).read_text(encoding="utf-8"))
+    merges = Path(files["vocab.bpe"]).read_text(encoding="utf-8").split("\n")[1:-1]
+    name, bytewise = "<|endoftext|>", {"type": "ByteLevel", "add_prefix_space": False}
+    verbatim = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer = {  # vocab.json and merges.txt would do for GPT-2, but not beside a Mistral config
+        "version": "1.0",
+        "added_tokens": [{"id": EOT, "content": name, "special": True, **verbatim}],
+        "pre_tokenizer": bytewise | {"trim_offsets": True},
+        "decoder": bytewise | {"trim_offsets": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+    write_json(folder / "tokenizer.json", tokenizer)
+    about = dict.fromkeys(("bos_token", "eos_token", "unk_token"), name)
     about |= {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
     write_json(folder / "tokenizer_config.json", about)
 
@@ -453,7 +456,7 @@ def main():
     model = GPT.from_checkpoint(config.checkpoint)
     kind = save(model, config.out)
     print(f"{config.out}: {model.num_params():,} parameters in {kind} layout")
-    if not (Path(config.out) / "tokenizer_config.json").exists():
+    if not (Path(config.out) / "tokenizer.json").exists():
         used = model.config.vocab_used
         print(f"without a tokenizer: vocab_used is {used}, GPT-2's vocabulary has {N_VOCAB}")
 

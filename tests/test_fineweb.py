@@ -19,6 +19,7 @@ import pytest
 from hub_server import point_client_at, serve
 
 import fineweb
+from hub import hub_download
 
 ROOT = Path(__file__).parent.parent
 WORDS = [
@@ -674,7 +675,7 @@ def test_info_finds_a_changed_shard(tmp_path):
 
 @pytest.fixture
 def client(monkeypatch):
-    monkeypatch.setattr(fineweb, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.01)
     return lambda hub: point_client_at(hub.url, monkeypatch)
 
 
@@ -776,7 +777,7 @@ def test_hub_gives_up_with_one_line(tmp_path, client):
         url = hub.url
     with pytest.raises(ValueError, match="after 6 tries"):  # and when nobody listens at all
         point_client_at(url, pytest.MonkeyPatch())
-        fineweb.hub_download("gpt2", "config.json", tmp_path / "x", repo_type="model")
+        hub_download("gpt2", "config.json", tmp_path / "x", repo_type="model")
 
 
 def test_hub_from_the_command_line(tmp_path, reference):
@@ -799,10 +800,10 @@ def test_hub_download_uses_the_cache(tmp_path, client, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with serve({"gpt2": {"config.json": b"{}"}}) as hub:
         client(hub)
-        path = fineweb.hub_download("gpt2", "config.json", repo_type="model")
+        path = hub_download("gpt2", "config.json", repo_type="model")
         assert Path(path).read_bytes() == b"{}"
         hub.requests.clear()
-        assert fineweb.hub_download("gpt2", "config.json", repo_type="model") == path
+        assert hub_download("gpt2", "config.json", repo_type="model") == path
         assert not hub.requests
 
 

@@ -201,7 +201,7 @@ def cache(tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fineweb, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.01)
 
 
 def files_of(folder):
@@ -343,18 +343,21 @@ TEXTS = [
 ]  # fmt: skip
 
 
+SMALL = dict(n_embd=16, n_layer=1)
+
+
 def export_gpt2_vocabulary(folder, **fields):
-    model = gpt(vocab_size=50304, vocab_used=50257, n_layer=1, n_embd=16, **fields)
+    model = gpt(vocab_size=50304, vocab_used=50257, **fields)
     with torch.no_grad():  # padding that an unguarded sampler would draw
-        model.transformer.wte.weight[50257:] *= 10
+        model.lm_head.weight[50257:] *= 10
     hf.save(model, folder)
     return model
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", hf.LAYOUTS)
 def test_the_exported_tokenizer_encodes_as_tiktoken(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    ours = export_gpt2_vocabulary(tmp_path / "out", **LLAMA if kind == "llama" else {})
+    ours = export_gpt2_vocabulary(tmp_path / "out", **EXPORTS[kind] | SMALL)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     enc = fineweb.get_tokenizer()
     for text in TEXTS:
@@ -408,7 +411,7 @@ def test_the_evaluation_harness_scores_the_exported_folder_as_we_do(fields, tmp_
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    ours, enc = export_gpt2_vocabulary(tmp_path / "out", **fields), fineweb.get_tokenizer()
+    ours, enc = export_gpt2_vocabulary(tmp_path / "out", **fields | SMALL), fineweb.get_tokenizer()
     pairs = [
         ("A man is sitting on a roof. He", " starts pulling up roofing."),
         ("A man is sitting on a roof. He", " is using wrap."),

@@ -1,0 +1,100 @@
+"""Files of the hub's repositories, fetched with patience: what fineweb.py, hellaswag.py and hf.py
+share. The real client does the work (huggingface_hub, so HF_ENDPOINT and HF_TOKEN hold); this adds
+retries that say what they wait for, and one line at the end that names the way without a network.
+"""
+
+import errno
+import fnmatch
+import os
+import random
+import re
+import sys
+import time
+
+FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
+BACKOFF_SECONDS, TRIES = 1.0, 6  # waits of 1, 2, 4, 8, 16 seconds (plus jitter)
+OFFLINE = "without a network use --source pydocs or a local file or folder"
+
+
+def hub_files(repo, suffix, subset=""):
+    """{"revision": commit, "files": [[path, bytes], ...]} of a hub dataset, or of one subset."""
+    from huggingface_hub import HfApi
+
+    api, kind = HfApi(), {"repo_type": "dataset"}
+    about = with_retries(f"dataset {repo}", lambda: api.repo_info(repo, **kind))
+    options = {"recursive": True, "revision": about.sha, **kind}
+    tree = with_retries(f"dataset {repo}", lambda: list(api.list_repo_tree(repo, **options)))
+    files = sorted([f.path, f.size] for f in tree if f.path.endswith(suffix))
+    # a dataset's card maps its subsets to paths; FineWeb keeps sample-10BT in sample/10BT
+    cards = {c["config_name"]: str(c) for c in (about.card_data or {}).get("configs") or []}
+    paths = [subset + "/*", subset.replace("-", "/", 1) + "/*"]
+    paths = re.findall(r"[\w./*-]+[/*.][\w./*-]+", cards.get(subset, "")) or paths
+    chosen = [f for f in files if any(fnmatch.fnmatch(f[0], path) for path in paths)]
+    if not subset or (not chosen and subset == FINEWEB_SUBSET and repo != FINEWEB):
+        chosen = files  # the default subset is FineWeb's: of another dataset take everything
+    if suffix == ".parquet":
+        chosen = [f for f in chosen if "train" in f[0]] or chosen
+    if not chosen:
+        known = f"; it has {', '.join(cards)}" if cards else ""
+        raise ValueError(f"dataset {repo} has no {suffix} files for --name {subset}{known}")
+    return {"revision": about.sha, "files": chosen}
+
+
+def hub_download(
+    repo, filename, folder=None, repo_type="dataset", revision=None, check=None, offline=OFFLINE
+):
+    """Download one file of a hub repo and return its path.
+
+    Tries again, ever later, after 408, 429, 5xx, a lost connection or a truncated file, and says
+    on stderr what it waits for. folder: lands at folder/filename; None: in the hub's cache, and
+    is not asked for again. check(path) raises ValueError when the file is not whole. In the end
+    ValueError; it names `offline`, what to do without a network.
+    """
+    import huggingface_hub as hub
+
+    where = {"repo_type": repo_type, "revision": revision}
+    if folder is None:
+        cached = hub.try_to_load_from_cache(repo, filename, **where)
+        if isinstance(cached, str):  # else None, or the mark of a file that does not exist
+            return cached
+
+    def attempt():
+        # the client reports an unreachable hub as a cache miss; this asks openly
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename, **where))
+        path = hub.hf_hub_download(repo, filename, local_dir=folder, **where)
+        try:
+            if check:
+                check(path)
+        except ValueError:
+            os.remove(path)  # or the client would hand out the same file again
+            raise
+        return path
+
+    return with_retries(f"{filename} of {repo}", attempt, offline)
+
+
+def with_retries(what, call, offline=OFFLINE):
+    """call(), again after exponential back-off with jitter while its failure may pass."""
+    for tries in range(1, TRIES + 1):
+        try:
+            return call()
+        except Exception as error:  # the client's network errors share no base class
+            response, problem = getattr(error, "response", None), first_line(error)
+            status = getattr(response, "status_code", None)
+            lasting = type(error).__name__ == "OfflineModeIsEnabled"
+            lasting |= getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES)
+            if status:
+                lasting = status < 500 and status not in (408, 429)
+            if lasting or tries == TRIES:
+                count = f" after {tries} tries" if tries > 1 else ""
+                raise ValueError(f"cannot fetch {what}{count}: {problem}; {offline}") from error
+            asked = response.headers.get("Retry-After", "") if status else ""
+            wait = BACKOFF_SECONDS * 2 ** (tries - 1) * random.uniform(1, 1.5)
+            wait = max(wait, min(int(asked), 300)) if asked.isdigit() else wait
+            note = f"{what}: {problem}; try {tries + 1} of {TRIES} in {wait:.1f} s"
+            print(note, file=sys.stderr)
+            time.sleep(wait)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

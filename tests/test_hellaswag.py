@@ -1,0 +1,618 @@
+"""HellaSwag: both protocols against texts written out by hand, scores against an unbatched loop.
+
+The slow tests hold every item's prediction against lm-evaluation-harness and against a checkout of
+build-nanogpt (both compute from their own reading of the file):
+
+    NANOSWITCH_HELLASWAG=hellaswag_val.jsonl NANOSWITCH_PEER=../build-nanogpt \\
+        pytest -m slow tests/test_hellaswag.py -s
+"""
+
+import gzip
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hub_server import point_client_at, serve
+from safetensors.torch import save_file
+
+import cli
+import fineweb
+import hellaswag
+from fineweb import get_tokenizer
+from hellaswag import evaluate, load_items, predict, score_rows, tokenize_items
+from model import GPT, GPTConfig
+
+
+def item(**changes):
+    return {
+        "ind": 24,
+        "activity_label": "Roof shingle removal",
+        "ctx_a": "A man is sitting on a roof.",
+        "ctx_b": "he",
+        "ctx": "A man is sitting on a roof. he",
+        "endings": [
+            "is using wrap to wrap a pair of skis.",
+            "is ripping level tiles off.",
+            "is holding a rubik's cube.",
+            "starts pulling up roofing on a roof.",
+        ],
+        "label": 3,
+    } | changes
+
+
+WORDS = [
+    "the",
+    "a",
+    "man",
+    "he",
+    "is",
+    "on",
+    "Wash",
+    "slowly",
+    "dog",
+    ".",
+    ",",
+    "[step]",
+    "[title]",
+]
+
+
+def random_items(n, seed=0):
+    rng = random.Random(seed)
+
+    def text(least, most):
+        return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
+
+    return [
+        item(
+            ind=i,
+            activity_label=text(1, 3),
+            ctx_a=(a := text(3, 20)),
+            ctx_b=(b := text(0, 4)),
+            ctx=f"{a} {b}",
+            endings=[rng.choice(["", "[substeps] "]) + text(1, 12) for _ in range(4)],
+            label=rng.randrange(4),
+        )
+        for i in range(n)
+    ]
+
+
+def tiny(std=0.3, seed=0, **config):
+    """A small model whose random weights are large enough for its endings to differ clearly."""
+    torch.manual_seed(seed)
+    small = dict(block_size=128, n_layer=2, n_head=2, n_embd=16)
+    model = GPT(GPTConfig(**small | config))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(std / 0.02)
+    return model
+
+
+def write_jsonl(path, records):
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    return str(path)
+
+
+def texts(row):
+    """A Row -> its context and its ending, as text."""
+    decode, at = get_tokenizer().decode, len(row.ids) - row.scored
+    return decode(row.ids[:at]), decode(row.ids[at:])
+
+
+# ---------------------------------------------------------------------------------------------
+# The protocols, written out by hand
+
+PAINT = "[header] How to mix  [title] Get paint. [step] Stir   it."
+HARNESS = {
+    "ActivityNet": (
+        item(),
+        "Roof shingle removal: A man is sitting on a roof. He",
+        {" starts pulling up roofing on a roof.": 36},
+    ),
+    "capitalize lowers the rest": (
+        item(ctx_b="the USA Team's McDonald"),
+        "Roof shingle removal: A man is sitting on a roof. The usa team's mcdonald",
+        {},
+    ),
+    "brackets, one pass over double spaces": (
+        item(activity_label="Home", ctx_a=PAINT, ctx_b="", ctx=PAINT),
+        "Home: How to mix . Get paint. Stir  it.",
+        {},
+    ),
+    "no second strip: the context's trailing space goes to the ending": (
+        item(activity_label="Home", ctx_a="Do it. [step]", ctx_b="", endings=["Wash it."] * 4),
+        "Home: Do it.",
+        {"  Wash it.": 8},
+    ),
+    "two trailing spaces": (
+        item(ctx_a="Do it.   [step]", ctx_b="", endings=["[substeps] Wash it."] * 4),
+        "Roof shingle removal: Do it.",
+        {"    Wash it.": 9},
+    ),
+    "substeps": (
+        item(endings=["[substeps] Wash it.", "a", "[step] b [x]", "  [title] Now [step] [y]go  "]),
+        "Roof shingle removal: A man is sitting on a roof. He",
+        {"  Wash it.": 9, " a": 1, "  b ": 3, "  Now go": 7},
+    ),
+    "title inside": (
+        item(ctx_a="Sew [title] Cut[a]it [not closed", ctx_b="", endings=["Sew. [title] Cut"] * 4),
+        "Roof shingle removal: Sew. Cutit [not closed",
+        {" Sew.. Cut": 9},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARNESS)
+def test_harness_texts(name):
+    record, context, endings = HARNESS[name]
+    (example,) = tokenize_items([record], "harness")
+    assert {texts(row)[0] for row in example.rows} == {context}
+    seen = dict(zip([texts(row)[1] for row in example.rows], example.chars, strict=True))
+    assert endings.items() <= seen.items()
+
+
+def test_harness_encodes_the_whole_text():
+    record = item(activity_label="X", ctx_a="Do it. [step]", ctx_b="", endings=["Wash it."] * 4)
+    (example,) = tokenize_items([record], "harness")
+    assert example.rows[0] == ((55, 25, 2141, 340, 13, 220, 22892, 340, 13), 4)
+
+
+def test_completion_is_raw_and_encoded_apart():
+    (example,) = tokenize_items([item()], "completion")
+    roof = (32, 582, 318, 5586, 319, 257, 9753, 13, 339)
+    assert example.rows[3] == ((*roof, 4940, 10427, 510, 9753, 278, 319, 257, 9753, 13), 9)
+    assert example.chars is None and example.label == 3
+    raw = "roof.  [header] [title] x "
+    (example,) = tokenize_items([item(ctx=raw, endings=["[substeps]  he "] * 4)], "completion")
+    assert texts(example.rows[0]) == (raw, " [substeps]  he ")
+    # encoded as one text the two spaces would meet otherwise
+    (example,) = tokenize_items([item(ctx="roof. ", endings=["he"] * 4)], "completion")
+    assert example.rows[0] == ((305, 1659, 13, 220, 339), 1)
+
+
+def test_empty_context_is_predicted_from_end_of_text():
+    (example,) = tokenize_items([item(ctx="", endings=["he"] * 4)], "completion")
+    assert example.rows[0] == ((50256, 339), 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores against a loop over single rows
+
+
+@torch.no_grad()
+def by_hand(model, items, protocol):
+    """-> [(pred, pred_norm)], from whole logits of one row at a time, no padding."""
+    model.eval()
+    result = []
+    for record, example in zip(items, tokenize_items(items, protocol), strict=True):
+        sums, norms = [], []
+        for ending, row in zip(record["endings"], example.rows, strict=True):
+            ids = torch.tensor([row.ids[-model.config.block_size - 1 :]])
+            logits, _ = model(ids[:, :-1])
+            losses = F.cross_entropy(logits[0], ids[0, 1:], reduction="none")[-row.scored :]
+            kept = re.sub(r"\[.*?\]", "", ending)
+            sums.append(losses.sum().item())
+            norms.append(sums[-1] / (len(losses) if protocol == "completion" else len(kept)))
+        result.append((sums.index(min(sums)), norms.index(min(norms))))
+    return result
+
+
+def clean_items(n, seed=0):
+    """Items on which by_hand's short version of the clean-up is the whole of it."""
+    items = random_items(n, seed)
+    for record in items:
+        for name in ("ctx_a", "ctx_b", "ctx", "activity_label"):
+            record[name] = record[name].replace("[title]", "x").replace("[step]", "y")
+        record["endings"] = [
+            e.replace("[title]", "x").replace("[step]", "y") for e in record["endings"]
+        ]
+    return items
+
+
+@pytest.mark.parametrize("protocol", ["completion", "harness"])
+@pytest.mark.parametrize("config", [{}, dict(pos="rope", n_kv_head=1, window=7)], ids=str)
+def test_predictions_equal_an_unbatched_loop(protocol, config):
+    model, items = tiny(**config), clean_items(12)
+    expected = by_hand(model, items, protocol)
+    assert len(set(expected)) > 4
+    examples = tokenize_items(items, protocol)
+    assert predict(model, examples).tolist() == [list(pair) for pair in expected]
+    score = evaluate(model, examples)
+    for i, name in enumerate(("acc", "acc_norm")):
+        hits = sum(pair[i] == record["label"] for pair, record in zip(expected, items, strict=True))
+        assert score[name] == pytest.approx(hits / 12)
+    p = score["acc_norm"]
+    assert score["n"] == 12 and score["se"] == pytest.approx(math.sqrt(p * (1 - p) / 11))
+
+
+def test_batches_and_order_change_nothing():
+    model, examples = tiny(), tokenize_items(random_items(12), "harness")
+    rows = {row for example in examples for row in example.rows}
+    one = score_rows(model, rows, batch_tokens=1)
+    for batch_tokens in (100, 10**6):
+        many = score_rows(model, rows, batch_tokens)
+        assert many.keys() == one.keys()
+        assert max(abs(many[row] - one[row]) for row in rows) < 1e-4
+    forward, backward = predict(model, examples, 100), predict(model, examples[::-1], 100)
+    assert torch.equal(forward, backward.flip(0))
+
+
+def test_batches_hold_rows_of_like_length_and_keep_to_the_budget():
+    examples = tokenize_items(random_items(40), "completion")
+    rows = {row for example in examples for row in example.rows}
+    batches = list(hellaswag.batches(rows, 200))
+    assert sorted(row for batch in batches for row in batch) == sorted(rows)
+    sizes = [[len(row.ids) - 1 for row in batch] for batch in batches]
+    assert all(len(size) * max(size) <= 200 or len(size) == 1 for size in sizes)
+    flat = [n for size in sizes for n in size]
+    assert flat == sorted(flat, reverse=True)
+
+
+def test_a_tie_goes_to_the_first():
+    model = tiny()
+    endings = ["is ripping level tiles off."] * 4
+    for protocol in ("completion", "harness"):
+        examples = tokenize_items([item(endings=endings), *random_items(5)], protocol)
+        assert predict(model, examples, 100)[0].tolist() == [0, 0]
+
+
+def test_an_ending_of_markers_alone_never_wins_acc_norm():
+    # its length is 0: lm-evaluation-harness divides all the same and gets minus infinity
+    examples = tokenize_items([item(endings=["[title]", "b", "c", "d"])], "harness")
+    assert examples[0].chars == [0, 1, 1, 1]
+    assert predict(tiny(), examples)[0, 1] != 0
+
+
+@pytest.mark.parametrize("protocol", ["completion", "harness"])
+def test_rows_beyond_block_size_lose_tokens_on_the_left(protocol, capsys):
+    model, items = tiny(block_size=8), clean_items(10)  # some endings alone are longer
+    examples = tokenize_items(items, protocol)
+    assert any(row.scored > 8 for example in examples for row in example.rows)
+    expected = by_hand(model, items, protocol)
+    assert predict(model, examples, progress=protocol).tolist() == [list(p) for p in expected]
+    assert "longer than this model's 8 positions" in capsys.readouterr().err
+
+
+def test_a_relative_encoding_runs_beyond_block_size():
+    short, long = tiny(pos="rope", block_size=8), tiny(pos="rope", block_size=128)
+    examples = tokenize_items(random_items(5), "completion")
+    rows = {row for example in examples for row in example.rows}
+    assert score_rows(short, rows, 500) == score_rows(long, rows, 500)
+    assert torch.equal(predict(short, examples), predict(long, examples))
+
+
+def test_eval_mode_for_the_while():
+    model, examples = tiny(dropout=0.5), tokenize_items(random_items(3), "completion")
+    rows = {row for example in examples for row in example.rows}
+    model.train()
+    noisy = score_rows(model, rows, 500)
+    assert model.training and score_rows(model, rows, 500) == noisy
+    model.eval()
+    assert score_rows(model, rows, 500) == noisy and not model.training
+
+
+def test_the_callers_autocast_counts():
+    model, examples = tiny(), tokenize_items(random_items(3), "completion")
+    rows = {row for example in examples for row in example.rows}
+    plain = score_rows(model, rows, 500)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = score_rows(model, rows, 500)
+    assert rounded != plain
+    assert all(abs(rounded[row] / plain[row] - 1) < 0.1 for row in rows)
+
+
+def test_ranks_share_the_items(monkeypatch):
+    model, examples = tiny(), tokenize_items(random_items(7), "completion")
+    alone, hits = evaluate(model, examples), []
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "all_reduce", hits.append)
+        assert evaluate(model, examples, rank=rank, world=3)["n"] == 7
+    total = torch.stack(hits).sum(0)
+    assert (total / 7).tolist() == pytest.approx([alone["acc"], alone["acc_norm"]])
+    # more ranks than items: the last one has nothing to score, yet takes part
+    evaluate(model, examples[:1], rank=1, world=2)
+    assert hits[-1].tolist() == [0, 0]
+
+
+def test_another_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="this model's vocabulary is 32000"):
+        predict(tiny(vocab_size=32000, vocab_used=32000), [])
+
+
+# ---------------------------------------------------------------------------------------------
+# The file
+
+
+@pytest.mark.parametrize("name", ["val.jsonl", "val.jsonl.gz"])
+def test_items_of_a_file(tmp_path, name):
+    records = random_items(5)
+    path = write_jsonl(tmp_path / name, records)
+    assert load_items(path) == records
+
+
+def test_limit_samples_the_whole_file(tmp_path):
+    path = write_jsonl(tmp_path / "val.jsonl", random_items(200))
+    inds = [[r["ind"] for r in load_items(path, 50, seed)] for seed in (1, 1, 2)]
+    assert inds[0] == inds[1] != inds[2]
+    assert len(set(inds[0])) == 50 and inds[0] == sorted(inds[0])
+    assert sum(i >= 100 for i in inds[0]) > 10
+    assert len(load_items(path, 200)) == len(load_items(path, 10**6)) == 200
+
+
+BAD_LINES = {
+    "{not json": "line 2 is not JSON",
+    "[1, 2]": r"line 2: not an item but \[1, 2\]",
+    json.dumps({k: v for k, v in item().items() if k not in ("ctx_b", "ind")}): (
+        "line 2: no field ctx_b, ind"
+    ),
+    json.dumps(item(ctx=None)): "line 2: ctx is not a text: None",
+    json.dumps(item(endings=["a", "b", "c"])): "line 2: endings is not a list of four texts",
+    json.dumps(item(endings=["a", "b", "c", 4])): "line 2: endings is not a list of four texts",
+    json.dumps(item(endings="abcd")): "line 2: endings is not a list of four texts",
+    json.dumps(item(label=4)): "line 2: label 4 is none of 0, 1, 2, 3",
+    json.dumps(item(label="")): "line 2: label '' is none of 0, 1, 2, 3",
+    json.dumps(item(label=True)): "line 2: label True is none of 0, 1, 2, 3",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_data_errors_name_file_and_line(tmp_path, line):
+    path = tmp_path / "val.jsonl"
+    path.write_text(json.dumps(item()) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=rf"val\.jsonl, {BAD_LINES[line]}") as error:
+        load_items(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    cases = {"empty.jsonl": b"\n", "latin.jsonl": b"\xff\xfe", "x.jsonl.gz": b"plain text"}
+    cases["cut.jsonl.gz"] = gzip.compress(json.dumps(item()).encode())[:-20]
+    cases["x.parquet"] = b"not parquet"
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=re.escape(name)) as error:
+            load_items(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+
+
+def parquet_bytes(tmp_path, records):
+    """As the hub's file is: labels are texts, there are more columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [r | {"label": str(r["label"]), "split": "val"} for r in records]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "made.parquet")
+    return (tmp_path / "made.parquet").read_bytes()
+
+
+def test_the_official_file_is_fetched_once(tmp_path, monkeypatch, capsys):
+    records = random_items(30)
+    data = parquet_bytes(tmp_path, records)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.01)
+    name = "data/validation-00000-of-00001.parquet"
+    faults = {"HEAD .parquet": [429], "GET .parquet": [503, "truncate"]}
+    with serve({"datasets/Rowan/hellaswag": {name: data}}, faults) as hub:
+        point_client_at(hub.url, monkeypatch)
+        assert [r["label"] for r in load_items()] == [r["label"] for r in records]
+        assert "429" in capsys.readouterr().err
+        asked = sum(hub.requests.values())
+        sample = load_items("", 10, 3)
+        assert len(sample) == 10 and sum(hub.requests.values()) == asked
+    assert (tmp_path / "data/hellaswag" / name).read_bytes() == data
+    assert load_items("", 10, 3) == sample  # the hub is gone
+
+
+def test_without_network_one_line_names_the_offline_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.001)
+    with serve({}) as hub:
+        point_client_at(hub.url, monkeypatch)
+    with pytest.raises(ValueError, match="--data FILE") as error:
+        load_items()
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+def save(model, folder):
+    folder.mkdir()
+    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
+    return str(folder)
+
+
+def command(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py", *map(str, args)])
+    cli.run(hellaswag.main)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return save(tiny(), tmp_path / "step"), write_jsonl(tmp_path / "val.jsonl", clean_items(12))
+
+
+def test_command_writes_both_scores_and_every_prediction(files, tmp_path, monkeypatch, capsys):
+    checkpoint, data = files
+    out = tmp_path / "new/score.json"
+    command(monkeypatch, checkpoint, "--data", data, "--out", out, "--dtype", "float32")
+    printed = capsys.readouterr().out.splitlines()
+    result = json.loads(out.read_text())
+    assert list(result) == ["n", "completion", "harness", "items"] and result["n"] == 12
+    items = clean_items(12)
+    assert [(i["ind"], i["label"]) for i in result["items"]] == [
+        (r["ind"], r["label"]) for r in items
+    ]
+    for line, protocol in zip(printed, ("completion", "harness"), strict=True):
+        assert list(result[protocol]) == ["acc", "acc_norm", "se"]
+        assert re.match(rf"{protocol} +acc 0\.\d{{4}}  acc_norm 0\.\d{{4}} ± 0\.\d{{4}}", line)
+        pairs = predict(tiny(), tokenize_items(items, protocol)).tolist()
+        names = ("pred", "pred_norm")
+        assert [i[protocol] for i in result["items"]] == [
+            dict(zip(names, pair, strict=True)) for pair in pairs
+        ]
+        wins = sum(i[protocol]["pred_norm"] == i["label"] for i in result["items"])
+        assert result[protocol]["acc_norm"] == pytest.approx(wins / 12)
+    assert os.listdir(out.parent) == ["score.json"]
+
+
+def test_command_of_one_protocol_and_a_sample(files, tmp_path, monkeypatch):
+    checkpoint, data = files
+    out = tmp_path / "score.json"
+    flags = ("--data", data, "--protocol", "harness", "--limit", "5", "--seed", "3", "--out", out)
+    command(monkeypatch, checkpoint, *flags, "--batch_tokens=64", "--device=cpu")
+    result = json.loads(out.read_text())
+    assert list(result) == ["n", "harness", "items"] and result["n"] == 5
+    assert [i["ind"] for i in result["items"]] == [i["ind"] for i in load_items(data, 5, 3)]
+
+
+@pytest.mark.parametrize(
+    "flags, status, words",
+    [
+        (["--data", "absent.jsonl"], 1, "absent.jsonl"),
+        (["--protocol", "both!"], 2, "protocol"),
+        (["--limits", "3"], 2, "did you mean limit"),
+        (["--limit", "-1"], 2, "limit"),
+        (["--batch_tokens", "0"], 2, "batch_tokens"),
+    ],
+)
+def test_command_errors_are_one_line(files, monkeypatch, capsys, flags, status, words):
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, files[0], "--data", files[1], *flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == status and words in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Other people's code on the same file, run by hand
+
+
+@pytest.fixture(scope="module")
+def official():
+    path = os.environ.get("NANOSWITCH_HELLASWAG")
+    if not path:
+        pytest.skip("set NANOSWITCH_HELLASWAG to a HellaSwag validation file (json lines)")
+    return os.path.abspath(path)
+
+
+def as_transformers(model):
+    """Our GPT -> the equal transformers.GPT2LMHeadModel, by way of its own names and layout."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    size = dict(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd)
+    shape = dict(n_layer=c.n_layer, n_head=c.n_head)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, **shape)).eval()
+    conv = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    weights = {k: v.t() if k.endswith(conv) else v for k, v in model.state_dict().items()}
+    theirs.load_state_dict(weights)
+    return theirs
+
+
+def parity_model(std, seed):
+    return tiny(std, seed, vocab_size=50257, block_size=1024, n_head=4, n_embd=64).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("std", [0.02, 0.2])
+def test_every_item_as_lm_evaluation_harness_scores_it(official, std, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval")
+    import numpy as np
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    model = parity_model(std, seed=1)
+    as_transformers(model).save_pretrained(tmp_path)
+    vocabulary = fineweb.vocabulary_files()[1]
+    shutil.copy(vocabulary["encoder.json"], tmp_path / "vocab.json")
+    shutil.copy(vocabulary["vocab.bpe"], tmp_path / "merges.txt")
+    tokenizer = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+
+    yaml = Path(lm_eval.__file__).parent / "tasks/hellaswag/hellaswag.yaml"
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/local.yaml").write_text(
+        f"include: {yaml}\ntask: hellaswag_local\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{validation: {official}}}}}\ntraining_split: null\n"
+    )
+    result = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=str(tmp_path), tokenizer=tokenizer, device="cpu", batch_size=32),
+        tasks=["hellaswag_local"],
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path / "local")),
+        bootstrap_iters=0,
+    )
+    items = load_items(official)
+    examples = tokenize_items(items, "harness")
+    predictions = predict(model, examples)
+    samples = sorted(result["samples"]["hellaswag_local"], key=lambda s: s["doc_id"])
+    assert len(samples) == len(items)
+    losses = score_rows(model, {row for ex in examples for row in ex.rows}, 4096)
+    differ, furthest = 0, 0.0
+    for sample, example, prediction in zip(samples, examples, predictions.tolist(), strict=True):
+        loglik = np.array([float(r[0]) for r in sample["filtered_resps"]])
+        choices = np.array([float(len(c)) for c in sample["doc"]["choices"]])
+        theirs = [int(loglik.argmax()), int((loglik / choices).argmax())]
+        assert [theirs[0] == example.label, theirs[1] == example.label] == [
+            sample["acc"] == 1, sample["acc_norm"] == 1
+        ]  # fmt: skip
+        differ += prediction != theirs
+        ours = [losses[row] for row in example.rows]
+        furthest = max(furthest, np.abs(loglik + ours).max())
+    ours, theirs = evaluate(model, examples), result["results"]["hellaswag_local"]
+    print(f"\nstd {std}: {len(items)} items, {differ} differ, losses within {furthest:.1e}")
+    print("ours", ours, "theirs", {k: v for k, v in theirs.items() if k.startswith("acc")})
+    assert differ == 0 and furthest < 1e-2
+    assert ours["acc"] == theirs["acc,none"] and ours["acc_norm"] == theirs["acc_norm,none"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("std", [0.02, 0.2])
+def test_every_item_as_build_nanogpt_scores_it(official, std, tmp_path, monkeypatch, capsys):
+    if not (peer := os.environ.get("NANOSWITCH_PEER")):
+        pytest.skip("set NANOSWITCH_PEER to a checkout of build-nanogpt")
+    import tiktoken
+
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: get_tokenizer())
+    spec = importlib.util.spec_from_file_location("peer", os.path.join(peer, "hellaswag.py"))
+    peer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peer)
+
+    model = parity_model(std, seed=1)
+    as_transformers(model).save_pretrained(tmp_path)
+    items = load_items(official)
+    monkeypatch.setattr(peer, "iterate_examples", lambda split: iter(items))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    peer.evaluate(str(tmp_path), "cpu")  # its own loop prints the hits of acc_norm item by item
+    counts = [int(n) for n in re.findall(r"acc_norm: (\d+)/", capsys.readouterr().out)]
+    assert len(counts) == len(items)
+
+    predictions = predict(model, tokenize_items(items, "completion"))
+    hits = [b - a for a, b in zip([0, *counts], counts, strict=False)]
+    ours = [int(p == r["label"]) for p, r in zip(predictions[:, 1], items, strict=True)]
+    differ = 0
+    for record, prediction in zip(items, predictions.tolist(), strict=True):
+        _, tokens, mask, _ = peer.render_example(record)
+        with torch.no_grad():
+            logits, _ = model(tokens)
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+        sums = (losses * mask[:, 1:]).sum(1)
+        theirs = [int(sums.argmin()), int((sums / mask[:, 1:].sum(1)).argmin())]
+        differ += prediction != theirs
+    with capsys.disabled():
+        score = evaluate(model, tokenize_items(items, "completion"))
+        print(f"\nstd {std}: {len(items)} items, {differ} differ, acc_norm {counts[-1]}", score)
+    assert differ == 0 and hits == ours

@@ -279,7 +279,7 @@ def read_config(folder):
         return GPTConfig(**fields), layout
     except KeyError as error:
         raise ValueError(f"{folder}: config.json lacks {error}") from None
-    except TypeError as error:
+    except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}: config.json has a value of a wrong type: {error}") from None
 
 

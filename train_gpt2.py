@@ -300,7 +300,8 @@ class Trainer:
         self.dtype = pick_dtype(config.dtype, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        torch.set_float32_matmul_precision("high")
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # fp32 products in TF32
         torch.manual_seed(config.seed)
         self.model = (
             GPT.from_checkpoint(config.init_from) if config.init_from else GPT(model_config)
@@ -625,6 +626,14 @@ def git_commit():
     return out.stdout.strip()
 
 
+def short(number):
+    """1234567 -> 1.23M, 65432 -> 65.4k: three digits that fit a progress line."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
 def clock(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
@@ -653,8 +662,6 @@ def train(trainer):
     )  # fmt: skip
     flops = trainer.model.flops_per_token()
     peak = peak_flops(trainer.device)
-    if peak is None:
-        log.say("MFU is not shown: unknown card")
     examples = []
     if config.hellaswag_every:
         load = functools.partial(
@@ -667,12 +674,12 @@ def train(trainer):
         if due(config.eval_every, done, last):
             loss = trainer.validate()
             log.write(step=done, val_loss=loss)
-            log.say(f"step {done:>6}/{last}  validation loss {loss:.4f}")
+            log.say(f"{done:>6}/{last} validation loss {loss:.4f}")
         if examples and done and due(config.hellaswag_every, done, last):
             score = trainer.hellaswag(examples)
             log.write(step=done, **{f"hellaswag_{k}": v for k, v in score.items()})
             log.say(
-                f"step {done:>6}/{last}  HellaSwag acc_norm {score['acc_norm']:.4f} "
+                f"{done:>6}/{last} HellaSwag acc_norm {score['acc_norm']:.4f} "
                 f"± {score['se']:.4f} (n {score['n']:,})"
             )
         if ranks.first and config.sample_every and due(config.sample_every, done, last):
@@ -701,10 +708,10 @@ def train(trainer):
         )  # fmt: skip
         if done == start + 1 or due(config.print_every, done, last):
             log.say(
-                f"step {done:>6}/{last}  loss {loss:.4f}  lr {rate:.1e}  norm {norm:.2f}  "
-                f"{speed:,.0f} tok/s  " + (f"mfu {mfu:.1%}  " if peak else "")
-                + f"eta {clock(average * (last - done))}"
-            )  # fmt: skip
+                f"{done:>6}/{last} loss {loss:.4f} lr {rate:.1e} norm {norm:.2f} "
+                f"{short(speed)} tok/s mfu {f'{mfu:.1%}' if peak else 'unknown card'} "
+                f"eta {clock(average * (last - done))}"
+            )
         evaluate(done)
     log.say(f"next: python sample.py {run} --prompt 'Once upon a time'")
     log.say(f"      python hellaswag.py {run}")

@@ -66,7 +66,7 @@ def hub_download(
             if check:
                 check(path)
         except ValueError:
-            os.remove(path)  # or the client would hand out the same file again
+            os.remove(os.path.realpath(path))  # or the client would hand out the same file again
             raise
         return path
 

@@ -1,0 +1,67 @@
+"""Every file in configs/ parses, builds, and says only what differs from the defaults."""
+
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+from model import GPT, GPTConfig
+from train_gpt2 import TrainConfig
+
+FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+def parse(path):
+    return cli.parse(GPTConfig, TrainConfig, argv=[str(path)], configs=True)
+
+
+def parameters(name):
+    path = next(path for path in FILES if path.stem == name)
+    with torch.device("meta"):
+        return GPT(parse(path)[0]).num_params()
+
+
+@each_file
+def test_parses_to_what_it_says_and_builds(path):
+    model, train = parse(path)
+    parsed = asdict(model) | asdict(train)
+    for name, value in tomllib.loads(path.read_text()).items():
+        assert parsed[name] == value
+    with torch.device("meta"):
+        GPT(model)
+    assert train.total_batch_tokens % model.block_size == 0
+    assert train.warmup_steps < (train.max_steps or 10**10 // train.total_batch_tokens)
+
+
+@each_file
+def test_says_only_what_differs_from_the_defaults(path):
+    defaults = asdict(GPTConfig()) | asdict(TrainConfig())
+    table = tomllib.loads(path.read_text())
+    assert [name for name, value in table.items() if value == defaults[name]] == []
+
+
+@each_file
+def test_run_folder_is_named_after_the_file(path):
+    assert parse(path)[1].run_dir == f"runs/{path.stem}"
+
+
+def test_gpt2_124m_has_gpt2s_size():
+    V, T, C, L = 50304, 1024, 768, 12
+    formula = V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
+    assert parameters("gpt2_124m") == formula == 124_475_904
+
+
+def test_rope_swiglu_124m_has_the_same_size_but_for_the_position_table():
+    table = 1024 * 768
+    assert parameters("rope_swiglu_124m") == pytest.approx(
+        parameters("gpt2_124m") - table, rel=0.01
+    )
+
+
+def test_tiny_16m_and_350m_have_the_sizes_they_are_named_for():
+    assert parameters("tiny_16m") == pytest.approx(16e6, rel=0.05)
+    assert parameters("gpt2_350m_2048") == pytest.approx(355e6, rel=0.02)

@@ -1,0 +1,206 @@
+"""sample.py on models rigged so that the right text is known: constant logits make every token
+an independent draw from a distribution written out here."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import cli
+import sample as s
+from fineweb import get_tokenizer
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+EOT = 50256
+PROBS = {"a": 0.5, "b": 0.3, "c": 0.2}
+LETTERS = {letter: get_tokenizer().encode_ordinary(letter)[0] for letter in "abcd"}
+
+
+def random_model(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**dict(block_size=32, n_layer=1, n_head=2, n_embd=16) | changes)).eval()
+
+
+def rigged(logits, **changes):
+    """A model whose logits are these, {id: logit}, at every position; all others are -10,000."""
+    model = random_model(tie_embeddings=False, **changes)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.zero_()[0] = 1  # so the head reads (1, 0, 0, ...)
+        model.lm_head.weight[:, 0] = -1e4
+        for token, logit in logits.items():
+            model.lm_head.weight[token, 0] = logit
+    return model
+
+
+def letters(**changes):
+    """A model that knows a, b and c; drawing from the first 128 ids only makes draws cheap."""
+    small = dict(vocab_used=128) | changes
+    return rigged({LETTERS[x]: math.log(p) for x, p in PROBS.items()}, **small)
+
+
+def config(**changes):
+    flags = dict(checkpoint="", dtype="float32", device="cpu", temperature=1.0, top_k=0)
+    return s.SampleConfig(**flags | changes)
+
+
+def frequencies(**changes):
+    """How often each letter comes in 3,000 draws."""
+    texts = s.sample(letters(), "", config(num_samples=100, max_new_tokens=30, **changes))
+    text = "".join(texts)
+    assert len(texts) == 100 and len(text) == 3000 and set(text) <= set("abc")
+    return {x: text.count(x) / 3000 for x in "abc"}
+
+
+def close_to(probs):
+    total = sum(probs.values())
+    want = {x: probs.get(x, 0) / total for x in "abc"}
+    # five standard deviations; a letter of probability 0 must never come
+    return {x: pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / 3000)) for x, p in want.items()}
+
+
+def test_draws_follow_the_models_probabilities():
+    assert frequencies() == close_to(PROBS)
+
+
+def test_temperature_sharpens_by_its_power():
+    assert frequencies(temperature=0.5) == close_to({x: p**2 for x, p in PROBS.items()})
+    assert frequencies(temperature=2.0) == close_to({x: p**0.5 for x, p in PROBS.items()})
+
+
+def test_top_k_keeps_the_k_likeliest():
+    assert frequencies(top_k=2) == close_to({"a": 0.5, "b": 0.3})
+    assert frequencies(top_k=10**6) == close_to(PROBS)  # more than there are
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    assert frequencies(top_p=0.45) == close_to({"a": 1})
+    assert frequencies(top_p=0.6) == close_to({"a": 0.5, "b": 0.3})
+    assert frequencies(top_p=0.9) == close_to(PROBS)
+
+
+@pytest.mark.parametrize("greedy", [dict(temperature=0), dict(top_k=1), dict(top_p=1e-6)])
+def test_greedy_takes_the_likeliest_token_each_time(greedy):
+    model, prompt = random_model(), "one two"
+    with torch.no_grad():
+        model.transformer.wpe.weight.normal_()  # so that the likeliest token varies
+    ids = get_tokenizer().encode_ordinary(prompt)
+    begin = len(ids)
+    with torch.no_grad():
+        for _ in range(10):
+            ids.append(int(model(torch.tensor([ids]))[0][0, -1, :50257].argmax()))
+    expected = get_tokenizer().decode(ids[begin:])
+    assert len(set(ids[begin:])) > 3
+    for seed in (1, 2):
+        flags = config(seed=seed, num_samples=2, max_new_tokens=10, **greedy)
+        assert s.sample(model, prompt, flags) == [expected, expected]
+
+
+def test_the_seed_decides_the_text():
+    first = s.sample(random_model(), "x", config(num_samples=3, max_new_tokens=15, seed=1))
+    assert len(set(first)) == 3  # rows are drawn independently
+    assert s.sample(random_model(), "x", config(num_samples=3, max_new_tokens=15, seed=1)) == first
+    assert s.sample(random_model(), "x", config(num_samples=3, max_new_tokens=15, seed=2)) != first
+
+
+def test_end_of_text_ends_a_sample(monkeypatch):
+    assert s.sample(rigged({EOT: 0}), "hi", config(num_samples=3)) == ["", "", ""]
+    monkeypatch.setattr(s, "EOT", LETTERS["c"])  # an id within the small vocabulary
+    texts = s.sample(letters(pos="rope"), "a", config(num_samples=400, max_new_tokens=80))
+    assert all(set(text) <= {"a", "b"} for text in texts)
+    # geometric: 0.2 of them are empty, the mean length is 0.8 / 0.2; five standard errors
+    assert sum(not text for text in texts) / 400 == pytest.approx(0.2, abs=0.1)
+    assert sum(map(len, texts)) / 400 == pytest.approx(4, abs=5 * math.sqrt(0.8) / 0.2 / 20)
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(temperature=0), dict(top_k=3), dict(top_p=0.5)])
+def test_padding_ids_are_never_drawn(flags):
+    pads = {token: 50.0 for token in range(50257, 50304)}
+    model = rigged(pads | {LETTERS["d"]: 0.0})
+    assert s.sample(model, "x", config(max_new_tokens=7, **flags)) == ["ddddddd"]
+
+
+def test_an_empty_prompt_starts_after_end_of_text():
+    """A model that answers each token with a fixed one: EOT with a, anything else with b."""
+    model = random_model(n_layer=1, tie_embeddings=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.transformer.ln_f.weight.fill_(1)
+        model.transformer.wte.weight[:, 0] = 1
+        model.transformer.wte.weight[EOT] = torch.eye(16)[1]
+        model.lm_head.weight[LETTERS["a"], 1] = 1
+        model.lm_head.weight[LETTERS["b"], 0] = 1
+    flags = config(temperature=0, max_new_tokens=3)
+    assert s.sample(model, "", flags) == ["abb"]
+    assert s.sample(model, "<|endoftext|>", flags) == ["abb"]
+    assert s.sample(model, "a", flags) == ["bbb"]
+
+
+def test_learned_positions_end_at_block_size_and_relative_ones_do_not(capsys):
+    text = "a b c d e f"  # 6 tokens
+    model = letters(block_size=8)
+    assert len(s.sample(model, text, config(max_new_tokens=100))[0]) == 2
+    assert "only 2 tokens fit" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"the prompt has 11 tokens.* 8 "):
+        s.sample(model, text + " g h i j k", config())
+    assert (
+        len(s.sample(letters(block_size=8, pos="rope"), text, config(max_new_tokens=100))[0]) == 100
+    )
+
+
+# ----------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A run folder whose latest step holds the model of letters."""
+    run = tmp_path_factory.mktemp("run")
+    model = letters()
+    for step, weights in ((1, random_model(tie_embeddings=False)), (2, model)):
+        folder = run / f"step_{step:06d}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
+        save_file(weights.state_dict(), folder / "model.safetensors")
+    (run / "latest").write_text("step_000002\n")
+    return run
+
+
+def test_the_script_prints_the_samples_of_a_run_folder(checkpoint):
+    flags = ["--prompt=hi", "--num_samples=3", "--max_new_tokens=9"]
+    line = [sys.executable, str(ROOT / "sample.py"), str(checkpoint), *flags, "--device=cpu"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    texts = done.stdout.split("\n" + "-" * 80 + "\n")
+    assert texts.pop() == "" and len(texts) == 3
+    for text in texts:
+        assert text.startswith("hi") and len(text) == 11 and set(text[2:]) <= set("abc")
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--prompt", "word " * 50], ["51 tokens", "32"]),
+        (["--top_p", "0"], ["top_p is 0"]),
+        (["--temperature", "-1"], ["temperature"]),
+        (["--num_samples", "0"], ["num_samples is 0"]),
+        (["--max_token", "5"], ["--max_token", "max_new_tokens"]),
+        (["--device", "toaster"], ["toaster"]),
+        (None, ["no/such/folder"]),
+    ],
+)
+def test_bad_input_ends_in_one_line(checkpoint, capsys, monkeypatch, args, words):
+    args = ["no/such/folder"] if args is None else [str(checkpoint), *args]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(s.main)
+    err = capsys.readouterr().err
+    assert stop.value.code in (1, 2) and err.startswith("error: ") and err.count("\n") == 1
+    assert all(word in err for word in words), err

@@ -1,0 +1,726 @@
+"""train_gpt2.py against loops and formulas written out here: the data order, the schedule, whole
+runs, kills and resumes, ranks, checkpoints, the log, and what it says about bad input."""
+
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import cli
+import train_gpt2 as t
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+EOT = 50256
+MODEL = dict(block_size=16, n_layer=2, n_head=2, n_embd=16)
+TRAIN = dict(
+    device="cpu", dtype="float32", compile="false", total_batch_tokens=128, max_steps=6, lr=3e-3,
+    warmup_steps=3, grad_clip=0.7, eval_every=2, val_tokens=100, sample_every=3, checkpoint_every=2,
+)  # fmt: skip
+FLAGS = MODEL | TRAIN
+
+
+# ----------------------------------------------------------------------------- helpers
+
+
+def save_npy(path, tokens):
+    np.save(path, np.asarray(tokens, dtype=np.uint16))
+
+
+def save_bin(path, tokens):
+    """llm.c's format: 256 int32, the first three magic, version and length, then uint16."""
+    header = struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253)
+    Path(path).write_bytes(header + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+def make_data(folder, train=1450, val=200, seed=0):
+    """A folder of shards, two train ones of both formats -> its train and val tokens."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    train, val = rng.integers(0, 50257, train), rng.integers(0, 50257, val)
+    save_npy(folder / "x_val_000000.npy", val)
+    save_npy(folder / "x_train_000001.npy", train[: len(train) // 2])
+    save_bin(folder / "x_train_000002.bin", train[len(train) // 2 :])
+    return train, val
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def tokens(shared):
+    return make_data(shared / "data")
+
+
+@pytest.fixture(scope="module")
+def data(shared, tokens):
+    return shared / "data"
+
+
+def configs(data, run, **changes):
+    flags = FLAGS | {"data_dir": str(data), "run_dir": str(run)} | changes
+    fields = GPTConfig.__dataclass_fields__
+    model = GPTConfig(**{k: v for k, v in flags.items() if k in fields})
+    return model, t.TrainConfig(**{k: v for k, v in flags.items() if k not in fields})
+
+
+def trainer(data, run, **changes):
+    return t.Trainer(*configs(data, run, **changes))
+
+
+def train(data, run, **changes):
+    made = trainer(data, run, **changes)
+    t.train(made)
+    return made
+
+
+def arguments(data, run, **changes):
+    flags = FLAGS | {"data_dir": data, "run_dir": run} | changes
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def command(*args, **changes):
+    return [sys.executable, str(ROOT / "train_gpt2.py"), *arguments(*args, **changes)]
+
+
+def torchrun(ranks, *args, **changes):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    line = [sys.executable, *launch, *command(*args, **changes)[1:]]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def log(run, *keys):
+    """The lines of log.jsonl that have all of these keys."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if all(key in line for key in keys)]
+
+
+def column(run, key):
+    return [line[key] for line in log(run, key)]
+
+
+def results(run):
+    """What must not depend on kills and layout: all but event lines, without the clock's."""
+    lines = [line for line in log(run) if "event" not in line]
+    return [{k: v for k, v in line.items() if k != "tok_per_s"} for line in lines]
+
+
+def weights(run):
+    return load_file(run / (run / "latest").read_text().strip() / "model.safetensors")
+
+
+def equal_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def snapshot(folder):
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(capsys, monkeypatch, *args):
+    """Run the script's main in this process; it must end in one line, which is returned."""
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *args])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.run(t.main)
+    err = capsys.readouterr().err
+    assert stop.value.code in (1, 2) and err.count("\n") == 1 and err.startswith("error: "), err
+    return err
+
+
+@pytest.fixture(scope="module")
+def plain(shared, data):
+    """An ordinary run of 6 steps in this process."""
+    train(data, shared / "plain")
+    return shared / "plain"
+
+
+@pytest.fixture(scope="module")
+def dropped(shared, data):
+    """An uninterrupted run with dropout, of 12 steps."""
+    train(data, shared / "dropped", dropout=0.1, max_steps=12)
+    return shared / "dropped"
+
+
+# ----------------------------------------------------------------------------- data order
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000, 4097])
+def test_shuffled_is_a_permutation_and_a_pure_function(n):
+    everything = t.shuffled(np.arange(n), n, (1, 0))
+    assert sorted(everything.tolist()) == list(range(n))
+    some = np.random.default_rng(0).integers(0, n, 20)
+    assert [t.shuffled(np.array([i]), n, (1, 0))[0] for i in some] == everything[some].tolist()
+
+
+@pytest.mark.parametrize("n", [64, 1000, 4097])
+def test_shuffled_differs_by_seed_and_from_the_identity(n):
+    a, b = t.shuffled(np.arange(n), n, (1, 0)), t.shuffled(np.arange(n), n, (2, 0))
+    # of two random permutations, one place on average is equal; ten are beyond any luck
+    assert (a == b).sum() < 10 and (a == np.arange(n)).sum() < 10
+    assert (np.abs(np.diff(a)) == 1).sum() < 12  # two neighbours on average stay neighbours
+    assert abs(np.corrcoef(a, np.arange(n))[0, 1]) < 5 / math.sqrt(n)
+    assert abs(np.corrcoef(a, b)[0, 1]) < 5 / math.sqrt(n)
+
+
+def test_shuffled_sends_each_index_everywhere_equally_often():
+    n, seeds = 7, 1400
+    count = np.zeros((n, n))
+    for seed in range(seeds):
+        count[np.arange(n), t.shuffled(np.arange(n), n, (seed, 0))] += 1
+    sigma = math.sqrt(seeds / n * (1 - 1 / n))
+    assert np.abs(count - seeds / n).max() < 5 * sigma
+
+
+def test_shuffled_sends_neighbours_any_distance_apart():
+    n, seeds = 64, 300
+    count = np.zeros(n)
+    for seed in range(seeds):
+        count += np.bincount(np.diff(t.shuffled(np.arange(n), n, (seed, 0))) % n, minlength=n)
+    assert ((count[1:] - seeds) ** 2 / seeds).sum() / (n - 1) < 2  # chi-squared per degree
+
+
+def test_windows_equal_the_concatenation_cut_by_hand(tmp_path):
+    stream = np.random.default_rng(0).integers(0, 50257, 101)
+    cuts = [0, 20, 23, 24, 60, 101]  # a window of 8 spans up to four of these shards
+    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
+        save, suffix = [(save_npy, "npy"), (save_bin, "bin")][i % 2]
+        save(tmp_path / f"train_{i:06d}.{suffix}", stream[a:b])
+    for T in (1, 8, 50, 100):
+        windows = t.Windows(t.load_shards(tmp_path, "train"), T)
+        assert windows.tokens == 101 and windows.count == 100 // T
+        x, y = windows.read(np.arange(windows.count)[::-1])
+        for row, w in enumerate(reversed(range(windows.count))):
+            assert x[row].tolist() == stream[w * T : w * T + T].tolist()
+            assert y[row].tolist() == stream[w * T + 1 : w * T + T + 1].tolist()
+
+
+@pytest.mark.parametrize("size", [4, 7, 25])  # 25: a batch of more than one epoch
+def test_an_epoch_covers_every_window_once_and_the_next_in_another_order(size):
+    windows = t.Windows([np.zeros(10 * 3 + 1)], 3)
+    order = np.concatenate([windows.batch(step, size, seed=5) for step in range(100 // size)])
+    epochs = order[: len(order) // 10 * 10].reshape(-1, 10).tolist()
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    assert windows.batch(3, size, 5).tolist() == order[3 * size : 4 * size].tolist()
+
+
+# ----------------------------------------------------------------------------- schedule, optimizer
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_learning_rate_follows_its_formula(warmup):
+    lr, least, steps, cooldown = 3e-3, 0.1, 100, 20
+    made = {
+        kind: t.TrainConfig(lr=lr, min_lr_frac=least, warmup_steps=warmup, schedule=kind)
+        for kind in ("cosine", "trapezoid", "constant")
+    }
+    for s in range(steps):
+        rates = {kind: t.learning_rate(s, config, steps) for kind, config in made.items()}
+        if s < warmup:
+            assert all(rate == pytest.approx(lr * (s + 1) / warmup) for rate in rates.values())
+            continue
+        low = lr * least
+        angle = math.pi * (s - warmup) / (steps - warmup)
+        assert rates["constant"] == lr
+        assert rates["cosine"] == pytest.approx(low + (lr - low) * (1 + math.cos(angle)) / 2)
+        down = min(1, (steps - s) / cooldown)
+        assert rates["trapezoid"] == pytest.approx(low + (lr - low) * down)
+    for kind in ("cosine", "trapezoid"):  # where both end
+        assert t.learning_rate(steps, made[kind], steps) == pytest.approx(lr * least)
+
+
+@pytest.mark.parametrize("norm, mlp", [("layernorm", "gelu"), ("rmsnorm", "swiglu")])
+def test_only_matrices_decay(norm, mlp):
+    model = GPT(GPTConfig(**MODEL, norm=norm, mlp=mlp))
+    groups = t.make_optimizer(model, t.TrainConfig(weight_decay=0.3)).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay)
+    for name, p in model.named_parameters():
+        vector = name.endswith("bias") or "ln_" in name
+        assert decay.pop(id(p)) == (0 if vector else 0.3), name
+    assert not decay
+
+
+# ----------------------------------------------------------------------------- whole runs
+
+
+def cut(tokens, windows, T=16):
+    """Inputs and targets of these windows, cut out of one list of tokens."""
+    x = torch.tensor(np.stack([tokens[w * T : w * T + T] for w in windows]))
+    return x, torch.tensor(np.stack([tokens[w * T + 1 : w * T + T + 1] for w in windows]))
+
+
+def naive_loss(model, x, y):
+    return F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten())
+
+
+def test_a_run_equals_a_loop_written_out(plain, tokens):
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(**MODEL))
+    named = dict(model.named_parameters())
+    matrices = [n for n in named if n.endswith(("wte.weight", "wpe.weight")) or ".c_" in n]
+    matrices = [n for n in matrices if n.endswith("weight")]
+    groups = [
+        {"params": [named[n] for n in matrices], "weight_decay": 0.1},
+        {"params": [p for n, p in named.items() if n not in matrices], "weight_decay": 0},
+    ]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+    order = t.Windows([tokens[0]], 16)
+    losses, norms = [], []
+    for step in range(6):
+        loss = naive_loss(model, *cut(tokens[0], order.batch(step, 8, 1337)))
+        adam.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in named.values()))
+        for p in named.values():
+            p.grad *= min(1, 0.7 / norm)
+        for group in adam.param_groups:  # 3 steps of warm-up, then half a cosine over 3
+            height = (1 + math.cos(math.pi * (step - 3) / 3)) / 2
+            group["lr"] = 3e-3 * ((step + 1) / 3 if step < 3 else 0.1 + 0.9 * height)
+        adam.step()
+        losses.append(loss.item())
+        norms.append(norm)
+    assert min(norms) < 0.7 < max(norms)  # some are clipped
+    assert column(plain, "train_loss") == pytest.approx(losses, abs=1e-5)
+    # torch sums the squares of 800,000 numbers in fp32, which alone is off by up to 1e-4
+    assert column(plain, "grad_norm") == pytest.approx(norms, rel=3e-4)
+    for name, w in weights(plain).items():
+        torch.testing.assert_close(w, named[name].data, rtol=0, atol=1e-5, msg=name)
+
+
+def test_validation_is_the_mean_over_the_first_val_tokens(plain, tokens, data, tmp_path):
+    torch.manual_seed(1337)
+    first = GPT(GPTConfig(**MODEL))
+    with torch.no_grad():
+        some, every = (naive_loss(first, *cut(tokens[1], range(n))).item() for n in (6, 12))
+    assert column(plain, "val_loss")[0] == pytest.approx(some, abs=1e-5)  # 100 // 16 windows
+    assert trainer(data, tmp_path, val_tokens=10**9).validate() == pytest.approx(every, abs=1e-5)
+    with torch.no_grad():
+        last = naive_loss(GPT.from_checkpoint(plain), *cut(tokens[1], range(6))).item()
+    assert column(plain, "val_loss")[-1] == pytest.approx(last, abs=1e-5)
+    assert [line["step"] for line in log(plain, "val_loss")] == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])  # 4 does not divide the 6 val windows
+def test_the_micro_batch_does_not_matter(plain, data, tmp_path, micro_batch):
+    made = train(data, tmp_path, micro_batch=micro_batch, max_steps=6, sample_every=0)
+    assert made.micro_steps == 8 // micro_batch
+    for key in ("train_loss", "val_loss"):
+        assert column(tmp_path, key) == pytest.approx(column(plain, key), abs=1e-5)
+
+
+def check_ranks(ranks, plain, data, run):
+    torchrun(ranks, data, run, micro_batch=1)
+    for key in ("train_loss", "val_loss"):
+        assert column(run, key) == pytest.approx(column(plain, key), abs=1e-5)
+    assert column(run, "grad_norm") == pytest.approx(column(plain, "grad_norm"), rel=1e-4)
+    assert [line["world"] for line in log(run, "event")] == [ranks]
+    ours, reference = weights(run), weights(plain)
+    assert ours.keys() == reference.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], reference[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_two_ranks_train_as_one(plain, data, tmp_path):
+    check_ranks(2, plain, data, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one_and_continue_its_run(plain, data, tmp_path):
+    check_ranks(4, plain, data, tmp_path / "run")
+    run = tmp_path / "begun"
+    shutil.copytree(plain, run)
+    (run / "latest").write_text("step_000004\n")
+    torchrun(4, data, run)
+    for key in ("train_loss", "val_loss"):
+        assert column(run, key) == pytest.approx(column(plain, key), abs=1e-5)
+
+
+def test_bf16_stays_close_to_fp32(plain, data, tmp_path):
+    train(data, tmp_path, dtype="bfloat16", sample_every=0, checkpoint_every=0)
+    for key in ("train_loss", "val_loss"):
+        ours, reference = column(tmp_path, key), column(plain, key)
+        assert ours == pytest.approx(reference, abs=0.03) and ours != reference
+    assert all(w.dtype == torch.float32 for w in weights(tmp_path).values())
+
+
+def test_one_batch_can_be_learnt_by_heart(data, tmp_path):
+    run = dict(overfit_single_batch=True, total_batch_tokens=32, max_steps=50, n_embd=32, lr=2e-2)
+    train(data, tmp_path, **run, eval_every=0, sample_every=0, checkpoint_every=0, grad_clip=0)
+    losses = column(tmp_path, "train_loss")
+    assert losses[0] > 10 and losses[-1] < 0.5  # from ln 50,304
+
+
+def test_dropout_acts_in_training_only(data, tmp_path, plain):
+    made = trainer(data, tmp_path, dropout=0.5)
+    assert made.validate() == pytest.approx(column(plain, "val_loss")[0], abs=1e-5)
+    assert abs(made.step(0)[0] - column(plain, "train_loss")[0]) > 1e-4
+
+
+# ----------------------------------------------------------------------------- kill and resume
+
+
+class Kill(BaseException):
+    """Stops a run at a given instruction as SIGKILL would: no code of the script catches it."""
+
+
+def assert_same_run(run, reference):
+    assert results(run) == results(reference)
+    assert equal_weights(weights(run), weights(reference))
+    names = sorted(p.name for p in run.iterdir())
+    assert names == sorted(p.name for p in reference.iterdir())
+
+
+@pytest.mark.parametrize("wait_for", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_run_continues_to_the_same_bits(dropped, data, tmp_path, wait_for):
+    run, flags = tmp_path / "run", dict(dropout=0.1, max_steps=12)
+    process = subprocess.Popen(command(data, run, **flags), stdout=subprocess.DEVNULL)
+    try:
+        begin = time.time()
+        while (
+            not (run / "log.jsonl").exists()
+            or (run / "log.jsonl").read_text().count("train_loss") < wait_for
+        ):
+            assert process.poll() is None and time.time() - begin < 120
+            time.sleep(0.002)
+        time.sleep(random.random() * 0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(command(data, run, **flags), check=True, stdout=subprocess.DEVNULL)
+    assert column(run, "train_loss") == column(dropped, "train_loss")
+    assert [line["step"] for line in log(run, "train_loss")] == list(range(1, 13))
+    assert_same_run(run, dropped)
+
+
+def in_the_state(monkeypatch):
+    def save(state, path):
+        Path(path).write_bytes(b"half of it")
+        if ".step_000006" in str(path):
+            raise Kill
+        real(state, path)
+
+    real = torch.save
+    monkeypatch.setattr(torch, "save", save)
+
+
+def in_the_first_checkpoint(monkeypatch):
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *_: (_ for _ in ()).throw(Kill))
+
+
+def before_latest(monkeypatch):
+    def write(path):
+        if path.endswith("latest") and (Path(path).parent / "step_000006").exists():
+            raise Kill
+        return real(path)
+
+    real = t.write_beside
+    monkeypatch.setattr(t, "write_beside", write)
+
+
+def while_removing(monkeypatch):
+    def remove(path, **options):
+        if Path(path).name == "step_000004":
+            (Path(path) / "config.json").unlink(missing_ok=True)
+            if (Path(path) / "model.safetensors").exists():
+                raise Kill
+        real(path, **options)
+
+    real = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", remove)
+
+
+@pytest.mark.parametrize(
+    "when, last",
+    [(in_the_first_checkpoint, None), (in_the_state, 4), (before_latest, 4), (while_removing, 8)],
+)
+def test_a_kill_in_a_checkpoint_loses_nothing(dropped, data, tmp_path, monkeypatch, when, last):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        when(patch)
+        train(data, run, dropout=0.1, max_steps=12)
+    if last:
+        assert (run / "latest").read_text().strip() == f"step_{last:06d}"
+        GPT.from_checkpoint(run)  # is whole
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 7, "train_lo')  # a line cut short
+    train(data, run, dropout=0.1, max_steps=12)
+    events = [line["event"] for line in log(run, "event")]
+    assert events == (["start", "resume"] if last else ["start"])
+    assert_same_run(run, dropped)
+
+
+def test_pruning_never_removes_what_latest_names(plain, data, tmp_path, monkeypatch):
+    """A kill left a step_000006 that `latest` does not name yet; step 5 is saved before it."""
+    run = tmp_path / "run"
+    shutil.copytree(plain, run)
+    (run / "latest").write_text("step_000004\n")
+    made = trainer(data, run, keep_checkpoints=1)
+    made.save(made.resume(run) + 1, run)
+    assert (run / "latest").read_text() == "step_000005\n"
+    GPT.from_checkpoint(run)
+
+
+def test_a_finished_run_stays_as_it_is_and_can_be_prolonged(plain, data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(plain, run)
+    train(data, run)
+    assert results(run) == results(plain) and equal_weights(weights(run), weights(plain))
+    train(data, run, max_steps=8)
+    assert [line["step"] for line in log(run, "train_loss")] == list(range(1, 9))
+    assert (run / "latest").read_text() == "step_000008\n"
+
+
+CHANGES = [("n_layer", 3), ("n_embd", 32), ("seed", 7), ("total_batch_tokens", 64), ("data_dir", 0)]
+
+
+@pytest.mark.parametrize("name, value", CHANGES)
+def test_resuming_another_run_is_refused(
+    plain, data, tmp_path, capsys, monkeypatch, name, value
+):  # fmt: skip
+    if name == "data_dir":
+        make_data(tmp_path / "other", train=1400)
+        value = tmp_path / "other"
+    before = snapshot(plain)
+    err = refused(capsys, monkeypatch, *arguments(data, plain, max_steps=9, **{name: value}))
+    assert str(plain) in err and ("data_tokens" if name == "data_dir" else name) in err
+    assert snapshot(plain) == before
+
+
+def test_resume_never_refuses_an_existing_run(plain, data, capsys, monkeypatch):
+    before = snapshot(plain)
+    err = refused(capsys, monkeypatch, *arguments(data, plain, resume="never"))
+    assert "already holds a run" in err and snapshot(plain) == before
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+def nanogpt_names(n_layer):
+    """Parameter names of nanoGPT's state dict; the tied head is stored once."""
+    yield from ("transformer.wte.weight", "transformer.wpe.weight")
+    for i in range(n_layer):
+        for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+            yield from (f"transformer.h.{i}.{part}.{kind}" for kind in ("weight", "bias"))
+    yield from ("transformer.ln_f.weight", "transformer.ln_f.bias")
+
+
+def test_a_checkpoint_holds_plain_names_and_all_that_a_reader_needs(plain, data):
+    folder = plain / "step_000006"
+    assert set(load_file(folder / "model.safetensors")) == set(nanogpt_names(2))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"] | MODEL == config["model"]
+    assert config["train"] | TRAIN == config["train"]
+    assert (config["step"], config["tokens"]) == (6, 6 * 128)
+    state = torch.load(folder / "train_state.pt", weights_only=True)
+    moments = state["optimizer"]["state"]
+    assert len(moments) == len(list(nanogpt_names(2)))
+    assert all(m["step"] == 6 for m in moments.values())
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "model.safetensors", "train_state.pt",
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_reloads_to_equal_logits(plain, data, tmp_path, tokens):
+    made = train(data, tmp_path, sample_every=0)
+    x, _ = cut(tokens[1], range(3))
+    made.model.eval()
+    with torch.no_grad():
+        for path in (tmp_path, tmp_path / "step_000006"):
+            assert torch.equal(GPT.from_checkpoint(path)(x)[0], made.model(x)[0])
+
+
+@pytest.mark.parametrize("keep, every, left", [(0, 2, [2, 4, 5]), (1, 1, [5]), (3, 1, [3, 4, 5])])
+def test_the_newest_checkpoints_stay(data, tmp_path, keep, every, left):
+    flags = dict(max_steps=5, eval_every=0, sample_every=0)
+    train(data, tmp_path, keep_checkpoints=keep, checkpoint_every=every, **flags)
+    folders = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
+    assert folders == [f"step_{step:06d}" for step in left]
+    assert (tmp_path / "latest").read_text() == "step_000005\n"
+
+
+def test_init_from_a_checkpoint_takes_its_weights_and_architecture(plain, data, tmp_path):
+    made = train(data, tmp_path, init_from=str(plain), n_layer=3, n_embd=32, max_steps=1)
+    assert made.model_config.n_layer == 2 and made.model_config.n_embd == 16
+    assert column(tmp_path, "val_loss")[0] == column(plain, "val_loss")[-1]
+    assert log(tmp_path)[0]["config"]["n_layer"] == 2
+
+
+def test_init_from_a_hugging_face_folder(data, tmp_path, tokens):
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = hf.GPT2Config(vocab_size=50257, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model = hf.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    made = trainer(data, tmp_path / "run", init_from=str(tmp_path / "hf"))
+    x, y = cut(tokens[1], range(6))
+    with torch.no_grad():
+        loss = F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()).item()
+    assert made.validate() == pytest.approx(loss, abs=1e-5)
+
+
+# ----------------------------------------------------------------------------- the log
+
+
+def test_the_log_says_what_design_names(plain):
+    first, *others = log(plain)
+    assert first["event"] == "start" and first["seed"] == 1337 and first["device"] == "cpu"
+    assert first["config"] | FLAGS == first["config"]
+    V, C, T, L = 50304, 16, 16, 2
+    assert first["parameters"] == V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
+    assert first["versions"]["torch"] == torch.__version__ and "git" in first
+    wanted = [
+        {"step", "train_loss", "lr", "grad_norm", "tokens", "tok_per_s", "mfu"},
+        {"step", "val_loss"},
+        {"step", "samples"},
+    ]
+    assert all(set(line) in wanted for line in others)
+    assert [line["step"] for line in others] == sorted(line["step"] for line in others)
+    assert column(plain, "tokens") == [128 * step for step in range(1, 7)]
+    assert [line["step"] for line in log(plain, "samples")] == [0, 3, 6]
+    for samples in column(plain, "samples"):
+        assert all(text.startswith("Hello, I'm a language model,") for text in samples)
+    rates = [3e-3 * (s + 1) / 3 for s in range(3)]
+    rates += [3e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * s / 3)) / 2) for s in range(3)]
+    assert column(plain, "lr") == pytest.approx(rates)
+
+
+# ----------------------------------------------------------------------------- sizes
+
+
+class FakeShard:
+    """As long as a real data set, and holds nothing."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+
+@pytest.mark.parametrize(
+    "shards, T, batch, steps",
+    [
+        ([5 * 128 + 1], 16, 128, 5),  # the very last token is a target only
+        ([300, 200, 141], 16, 128, 5),
+        ([10**8] * 98 + [53_989_344], 1024, 2**19, 18_795),  # FineWeb-Edu 10BT
+    ],
+)
+def test_one_epoch_is_derived_from_the_shards(tmp_path, monkeypatch, shards, T, batch, steps):
+    monkeypatch.setattr(t, "load_shards", lambda *_: [FakeShard(n) for n in shards])
+    flags = dict(block_size=T, total_batch_tokens=batch, max_steps=0, n_layer=1)
+    assert trainer(tmp_path, tmp_path, **flags).max_steps == steps
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = arguments(data, "runs/x", dry_run="true", max_steps=0, micro_batch=2)
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *flags])
+    cli.run(t.main)
+    out = capsys.readouterr().out
+    V, C, T, L = 50304, 16, 16, 2
+    N = V * C + L * (12 * C * C + 13 * C) + 2 * C  # all but the position table
+    steps = (1450 - 1) // 16 // 8
+    assert f"parameters {N + T * C:,} " in out
+    assert f"FLOPs per token {6 * N + 12 * L * C * T:,}\n" in out
+    assert f"tokens per step 128 = 2 sequences x {T} x 4 micro-steps x 1 ranks" in out
+    assert f"steps {steps} = {steps * 128:,} tokens" in out
+    assert re.search(r"expected time \d+:\d\d:\d\d .* tokens/s", out)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------- compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_validates_scores_and_samples(plain, data, tmp_path):
+    items = tmp_path / "hellaswag.jsonl"
+    endings = [" on the chair.", " in a sky of glass and iron.", " nine.", " the the the the"]
+    item = dict(
+        activity_label="Sitting", ctx_a="A man sits", ctx_b="", ctx="A man", endings=endings
+    )
+    with open(items, "w") as file:
+        for i in range(5):
+            line = item | dict(ind=i, label=i % 4, split="val", split_type="indomain")
+            file.write(json.dumps(line | dict(source_id=f"activitynet~{i}")) + "\n")
+    run, flags = tmp_path / "run", dict(hellaswag_every=3, hellaswag_data=items, compile="true")
+    line = command(data, run, **flags, block_size=32, total_batch_tokens=256)
+    out = subprocess.run(line, capture_output=True, text=True, timeout=600)
+    assert out.returncode == 0, out.stderr
+    assert "does not work here" not in out.stdout
+    train(data, tmp_path / "eager", block_size=32, total_batch_tokens=256)
+    for key in ("train_loss", "val_loss"):
+        assert column(run, key) == pytest.approx(column(tmp_path / "eager", key), abs=1e-4)
+    assert [line["step"] for line in log(run, "samples")] == [0, 3, 6]
+    scores = log(run, "hellaswag_acc", "hellaswag_acc_norm", "hellaswag_n", "hellaswag_se")
+    assert [(line["step"], line["hellaswag_n"]) for line in scores] == [(3, 5), (6, 5)]
+    assert set(load_file(run / "step_000006" / "model.safetensors")) == set(nanogpt_names(2))
+
+
+# ----------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(data_dir="nowhere"), ["nowhere", "fineweb.py"]),
+        (dict(block_size=512, total_batch_tokens=512), ["200 val tokens", "512", "--block_size"]),
+        (dict(total_batch_tokens=2048, max_steps=0), ["1,450 train tokens", "2,048"]),
+        (dict(micro_batch=3), ["micro_batch 3", "8 sequences"]),
+        (dict(total_batch_tokens=100), ["total_batch_tokens 100", "block_size 16"]),
+        (dict(vocab_size=50256), ["vocab_size 50256", "50257"]),
+        (dict(init_from="no/such/folder"), ["no/such/folder"]),
+        (dict(device="cuda:99"), ["cuda:99"]),
+        (dict(device="toaster"), ["toaster"]),
+        (dict(learning_rate=1), ["--learning_rate"]),
+        (dict(lr="fast"), ["lr", "fast"]),
+        (dict(schedule="linear"), ["schedule", "trapezoid"]),
+        (dict(lr=0), ["lr is 0"]),
+        (dict(val_tokens=0), ["val_tokens is 0"]),
+        (dict(beta1=1.5), ["beta1 is 1.5"]),
+        (dict(grad_clip=-1), ["grad_clip is -1"]),
+    ],
+    ids=lambda change: ",".join(change) if isinstance(change, dict) else "",
+)
+def test_bad_input_ends_in_one_line(data, tmp_path, capsys, monkeypatch, change, words):
+    run = tmp_path / "run"
+    err = refused(capsys, monkeypatch, *arguments(data, run, **change))
+    assert all(word in err for word in words), err
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("name, value", [("total_batch_tokens", 100), ("micro_batch", 3)])
+def test_the_value_an_error_suggests_works(data, tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"try --{name}") as error:
+        trainer(data, tmp_path, **{name: value})
+    suggested = int(re.search(rf"--{name} (\d+)", str(error.value))[1])
+    trainer(data, tmp_path, **{name: suggested})
+
+
+@pytest.mark.parametrize("change", [dict(data_dir="nowhere"), dict(n_heads=2)])
+def test_the_script_itself_fails_in_one_line(data, tmp_path, change):
+    flags = command(data, tmp_path / "run", **change)
+    done = subprocess.run(flags, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+    assert done.returncode == (1 if "data_dir" in change else 2)
+    assert done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert str(next(iter(change))) in done.stderr or "nowhere" in done.stderr

@@ -111,6 +111,8 @@ class GPTConfig:
             raise ValueError("n_kv_head, mlp_hidden and window must be 0 or more")
         if not self.rope_scaling > 0 or not self.rope_theta > 0 or self.logit_softcap < 0:
             raise ValueError("rope_scaling and rope_theta must be above 0, logit_softcap 0 or more")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.n_embd % self.n_head:
@@ -911,10 +913,17 @@ class GPT(nn.Module):
         if "model" not in config:
             return cls.from_pretrained(folder)
         known = {f.name for f in fields(GPTConfig)}
+        if not isinstance(config["model"], dict):
+            raise ValueError(
+                f"{folder}/config.json: model is {config['model']!r}, no table of fields"
+            )
         unknown = sorted(set(config["model"]) - known)
         if unknown:
             raise ValueError(f"{folder} is of another version: it sets {', '.join(unknown)}")
-        model = cls.empty(GPTConfig(**config["model"]))
+        try:
+            model = cls.empty(GPTConfig(**config["model"]))
+        except TypeError as error:  # a text where a number belongs
+            raise ValueError(f"{folder}/config.json: {error}") from None
         return model.load_weights(read_safetensors(folder / "model.safetensors"), folder)
 
     @classmethod
@@ -969,12 +978,16 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
 
 
 def read_json(path):
+    """The object in a JSON file, as a dict; ValueError when there is none."""
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise ValueError(f"no {path}: give a step, run or Hugging Face folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object but {str(content)[:40]}")
+    return content
 
 
 def read_safetensors(path):

@@ -232,17 +232,17 @@ def predict(model, examples, batch_tokens=BATCH_TOKENS, progress=""):
             f"the tokens are GPT-2's {N_VOCAB}, this model's vocabulary is {config.vocab_size}"
         )
     longest = math.inf if model.transformer.wpe.extrapolates else config.block_size
-    rows = [[cut(row, longest) for row in example.rows] for example in examples]
-    changed = sum(ex.rows != four for ex, four in zip(examples, rows, strict=True))
+    fitted = [[cut(row, longest) for row in example.rows] for example in examples]
+    pairs = list(zip(examples, fitted, strict=True))
+    changed = sum(example.rows != rows for example, rows in pairs)
     if progress and changed:
         note = f"{changed} items are longer than this model's {longest} positions: cut on the left"
         print(f"{progress}: {note}", file=sys.stderr)
-    losses = score_rows(model, {row for four in rows for row in four}, batch_tokens, progress)
-    loss = torch.tensor([[losses[row] for row in four] for four in rows], dtype=torch.float64)
-    norm = torch.tensor([ex.chars or [row.scored for row in four]
-                         for ex, four in zip(examples, rows, strict=True)])  # fmt: skip
-    loss = loss.view(-1, 4)  # (n, 4) also when n is 0
-    return torch.stack((loss.argmin(1), (loss / norm.view(-1, 4)).argmin(1)), dim=1)
+    losses = score_rows(model, {row for rows in fitted for row in rows}, batch_tokens, progress)
+    loss = torch.tensor([[losses[row] for row in rows] for rows in fitted], dtype=torch.float64)
+    norm = torch.tensor([example.chars or [row.scored for row in rows] for example, rows in pairs])
+    loss, norm = loss.view(-1, 4), norm.view(-1, 4)  # (n, 4) also when n is 0
+    return torch.stack((loss.argmin(1), (loss / norm).argmin(1)), dim=1)
 
 
 def cut(row, longest):

@@ -199,7 +199,8 @@ def shuffled(i, n, seed):
     while outside.any():
         left, right = out[outside] >> half, out[outside] & mask
         for key in keys:
-            mixed = (right + key) * np.uint64(0xFF51AFD7ED558CCD)
+            mixed = (right ^ key) * np.uint64(0xFF51AFD7ED558CCD)  # MurmurHash3's finaliser
+            mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
             mixed ^= mixed >> np.uint64(33)
             left, right = right, left ^ (mixed & mask)
         out[outside] = (left << half) | right
@@ -317,7 +318,8 @@ class Trainer:
         self.train = open_windows(config, "train", c.block_size, c.vocab_size)
         self.val = open_windows(config, "val", c.block_size, c.vocab_size)
         self.batch_windows = self.count_batch_windows()
-        self.max_steps = config.max_steps or self.train.count // self.batch_windows
+        epoch = self.train.count / self.batch_windows  # in steps; the last one may wrap around
+        self.max_steps = config.max_steps or (round(epoch) if epoch >= 1 else 0)
         if not self.max_steps:
             raise ValueError(
                 f"{config.data_dir} has {self.train.tokens:,} train tokens, fewer than one batch "
@@ -505,17 +507,19 @@ class Trainer:
         beside.rename(folder)
         with write_beside(str(run / "latest")) as file:
             file.write(f"{folder.name}\n".encode())
-        for old in step_folders(run)[: -self.config.keep_checkpoints or None]:
-            if self.config.keep_checkpoints:
+        if self.config.keep_checkpoints:  # a later one may be left of a run that was killed
+            done = [f for f in step_folders(run) if int(f.name[5:]) <= step]
+            for old in done[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def resume(self, run):
         """Load the latest checkpoint of the run folder, if any -> the number of steps done."""
-        if not (run / "latest").is_file():
+        begun = [name for name in ("latest", "log.jsonl") if (run / name).is_file()]
+        if begun and self.config.resume == "never":
+            raise ValueError(f"{run} already holds a run; choose another --run_dir")
+        if "latest" not in begun:
             return 0
         folder = run / (run / "latest").read_text().strip()
-        if self.config.resume == "never":
-            raise ValueError(f"{run} already holds a run; choose another --run_dir")
         saved = json.loads((folder / "config.json").read_text())
         now = asdict(self.model_config) | {
             "seed": self.config.seed, "total_batch_tokens": self.config.total_batch_tokens,

@@ -233,21 +233,21 @@ def clean_items(n, seed=0):
 @pytest.mark.parametrize("protocol", ["completion", "harness"])
 @pytest.mark.parametrize("config", [{}, dict(pos="rope", n_kv_head=1, window=7)], ids=str)
 def test_predictions_equal_an_unbatched_loop(protocol, config):
-    model, items = tiny(**config), clean_items(12)
+    model, items = tiny(**config), clean_items(8)
     expected = by_hand(model, items, protocol)
-    assert len(set(expected)) > 4
+    assert len(set(expected)) > 3
     examples = tokenize_items(items, protocol)
     assert predict(model, examples).tolist() == [list(pair) for pair in expected]
     score = evaluate(model, examples)
     for i, name in enumerate(("acc", "acc_norm")):
         hits = sum(pair[i] == record["label"] for pair, record in zip(expected, items, strict=True))
-        assert score[name] == pytest.approx(hits / 12)
+        assert score[name] == pytest.approx(hits / 8)
     p = score["acc_norm"]
-    assert score["n"] == 12 and score["se"] == pytest.approx(math.sqrt(p * (1 - p) / 11))
+    assert score["n"] == 8 and score["se"] == pytest.approx(math.sqrt(p * (1 - p) / 7))
 
 
 def test_batches_and_order_change_nothing():
-    model, examples = tiny(), tokenize_items(random_items(12), "harness")
+    model, examples = tiny(), tokenize_items(random_items(6), "harness")
     rows = {row for example in examples for row in example.rows}
     one = score_rows(model, rows, batch_tokens=1)
     for batch_tokens in (100, 10**6):
@@ -286,7 +286,7 @@ def test_an_ending_of_markers_alone_never_wins_acc_norm():
 
 @pytest.mark.parametrize("protocol", ["completion", "harness"])
 def test_rows_beyond_block_size_lose_tokens_on_the_left(protocol, capsys):
-    model, items = tiny(block_size=8), clean_items(10)  # some endings alone are longer
+    model, items = tiny(block_size=8), clean_items(6)  # some endings alone are longer
     examples = tokenize_items(items, protocol)
     assert any(row.scored > 8 for example in examples for row in example.rows)
     expected = by_hand(model, items, protocol)
@@ -453,7 +453,7 @@ def command(monkeypatch, *args):
 
 @pytest.fixture
 def files(tmp_path):
-    return save(tiny(), tmp_path / "step"), write_jsonl(tmp_path / "val.jsonl", clean_items(12))
+    return save(tiny(), tmp_path / "step"), write_jsonl(tmp_path / "val.jsonl", clean_items(8))
 
 
 def test_command_writes_both_scores_and_every_prediction(files, tmp_path, monkeypatch, capsys):
@@ -462,8 +462,8 @@ def test_command_writes_both_scores_and_every_prediction(files, tmp_path, monkey
     command(monkeypatch, checkpoint, "--data", data, "--out", out, "--dtype", "float32")
     printed = capsys.readouterr().out.splitlines()
     result = json.loads(out.read_text())
-    assert list(result) == ["n", "completion", "harness", "items"] and result["n"] == 12
-    items = clean_items(12)
+    assert list(result) == ["n", "completion", "harness", "items"] and result["n"] == 8
+    items = clean_items(8)
     assert [(i["ind"], i["label"]) for i in result["items"]] == [
         (r["ind"], r["label"]) for r in items
     ]
@@ -476,7 +476,7 @@ def test_command_writes_both_scores_and_every_prediction(files, tmp_path, monkey
             dict(zip(names, pair, strict=True)) for pair in pairs
         ]
         wins = sum(i[protocol]["pred_norm"] == i["label"] for i in result["items"])
-        assert result[protocol]["acc_norm"] == pytest.approx(wins / 12)
+        assert result[protocol]["acc_norm"] == pytest.approx(wins / 8)
     assert os.listdir(out.parent) == ["score.json"]
 
 
@@ -497,7 +497,7 @@ def test_command_of_one_protocol_and_a_sample(files, tmp_path, monkeypatch):
         (["--protocol", "both!"], 2, "protocol"),
         (["--limits", "3"], 2, "did you mean limit"),
         (["--limit", "-1"], 2, "limit"),
-        (["--batch_tokens", "0"], 2, "batch_tokens"),
+        (["--batch_tokens", "-1"], 2, "batch_tokens"),
     ],
 )
 def test_command_errors_are_one_line(files, monkeypatch, capsys, flags, status, words):
@@ -569,7 +569,7 @@ def test_every_item_as_lm_evaluation_harness_scores_it(official, std, tmp_path):
     samples = sorted(result["samples"]["hellaswag_local"], key=lambda s: s["doc_id"])
     assert len(samples) == len(items)
     few = {row for example in examples[:20] for row in example.rows}
-    losses = score_rows(model, few, 4096)
+    losses = score_rows(model, few)
     differ, furthest = 0, 0.0
     for sample, example, prediction in zip(samples, examples, predictions.tolist(), strict=True):
         loglik = np.array([float(answer[0]) for answer in sample["filtered_resps"]])

@@ -48,7 +48,10 @@ def parse(*classes, argv=None, description=None, configs=False):
     target = classes[0] if len(classes) == 1 else tyro.conf.OmitArgPrefixes[group]
     message = io.StringIO()
     # tyro frames its errors in a box of many lines: catch it, keep its one sentence
-    capture = contextlib.nullcontext() if asks_help else contextlib.redirect_stderr(message)
+    capture = contextlib.ExitStack()
+    if not asks_help:
+        capture.enter_context(contextlib.redirect_stderr(message))
+        capture.enter_context(wide_terminal())
     try:
         with capture:
             result = tyro.cli(
@@ -110,13 +113,26 @@ def check_name(origin, name, names):
 
 
 def one_sentence(box):
-    """The message inside tyro's framed error text."""
+    """The message inside tyro's framed error text: below its title, above the next rule."""
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip(" │|") for line in box.splitlines()]
-    body = [line for line in lines if line and not line.startswith(("╭", "╰"))]
-    end = next((i for i, line in enumerate(body) if line.startswith("──")), len(body))
-    text = " ".join(body[:end]) or "bad command line; see --help"
-    return re.sub(r"^Error parsing \w+: ", "", text)  # a class of ours is no news to the user
+    body = [line.strip(" │|") for line in box.splitlines()[1:]]
+    parts = re.split(r"\n(?:─|-){3,}\n|╰", "\n" + "\n".join(body))
+    text = " ".join(next((part for part in parts if part.strip()), "").split())
+    # a class of ours is no news to the user
+    return re.sub(r"^Error parsing \w+: ", "", text) or "bad command line; see --help"
+
+
+@contextlib.contextmanager
+def wide_terminal():
+    """Have tyro break no line, and so no word, of what it says."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def fail(message, status=1):

@@ -101,18 +101,17 @@ class GPTConfig:
             if getattr(self, name) not in table:
                 valid = ", ".join(table)
                 raise ValueError(f"{name} '{getattr(self, name)}' is none of: {valid}")
-        for name in (
-            "block_size", "vocab_size", "vocab_used", "n_layer", "n_head", "n_embd",
-            "linformer_segment", "linformer_rank",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if min(self.n_kv_head, self.mlp_hidden, self.window) < 0:
-            raise ValueError("n_kv_head, mlp_hidden and window must be 0 or more")
-        if not self.rope_scaling > 0 or not self.rope_theta > 0 or self.logit_softcap < 0:
-            raise ValueError("rope_scaling and rope_theta must be above 0, logit_softcap 0 or more")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps is {self.norm_eps}; it must be above 0")
+        for names, least in (
+            (("block_size", "vocab_size", "vocab_used", "n_layer", "n_head", "n_embd"), 1),
+            (("linformer_segment", "linformer_rank"), 1),
+            (("n_kv_head", "mlp_hidden", "window", "logit_softcap"), 0),
+        ):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        for name in ("norm_eps", "rope_theta", "rope_scaling"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.n_embd % self.n_head:
@@ -319,7 +318,7 @@ class FIRE(NoPosition):
     def bias(self, q_pos, k_pos):
         threshold = torch.maximum(q_pos.float(), self.L.abs())[:, None]  # (Tq, 1)
         ratio = self.psi(distances(q_pos, k_pos)) / self.psi(threshold)  # (Tq, Tk)
-        return self.mlp(ratio[..., None]).permute(2, 0, 1)  # (nh, Tq, Tk)
+        return self.mlp(ratio[..., None].type_as(self.c)).permute(2, 0, 1)  # (nh, Tq, Tk)
 
 
 def distances(q_pos, k_pos):
@@ -787,7 +786,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)  # (B, T, C)
         embedded = wpe.embed(pos)
         if embedded is not None:
-            x = x + embedded
+            x = x + embedded.type_as(x)
         if self.config.embd_norm:
             x = self.transformer.ln_emb(x)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -973,6 +972,7 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
         beyond = probs.cumsum(-1) - probs >= top_p  # reached before this token, so not needed
+        beyond[:, 0] = False
         logits = logits.scatter(1, order, ordered.masked_fill(beyond, -math.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 

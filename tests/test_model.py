@@ -64,10 +64,12 @@ def gradients(model, loss):
 
 
 def assert_same_gradients(ours, reference, rtol=1e-4):
+    """To rtol of a tensor's largest entry. The floor is for gradients that are zero but for
+    rounding, such as FIRE's last bias: a constant added to every score moves no softmax."""
     assert ours.keys() == reference.keys()
     for name, g in reference.items():
         torch.testing.assert_close(
-            ours[name], g, rtol=rtol, atol=rtol * g.abs().max().item() + 1e-8
+            ours[name], g, rtol=rtol, atol=rtol * g.abs().max().item() + 1e-7
         )
 
 
@@ -436,15 +438,14 @@ def test_cached_logits_equal_uncached_ones(pos, window, pattern, n_kv_head):
         window=window,
         window_pattern=pattern,
         n_kv_head=n_kv_head,
-        n_layer=3,
         norm="rmsnorm",
     )
-    model, T = build(config), 24
+    model, T = build(config), 16
     idx = tokens(config, 2, T)
     with torch.no_grad():
         want = model(idx)[0]
-    # 24 positions through a ring of 3 wrap it 8 times; chunks shorter, equal and longer than it
-    for chunks in ([5] + [1] * 19, [1] * 24, [7, 1, 1, 3, 2, 5, 1, 4], [24], [3] * 8):
+    # 16 positions wrap a ring of 3 five times; chunks shorter, equal and longer than it
+    for chunks in ([5] + [1] * 11, [1, 1, 6, 2, 1, 5], [3, 3, 3, 7], [16]):
         got = cached_logits(model, idx, chunks)
         torch.testing.assert_close(
             got, want, rtol=1e-4, atol=1e-4, msg=lambda s, c=chunks: f"{c}: {s}"
@@ -453,7 +454,7 @@ def test_cached_logits_equal_uncached_ones(pos, window, pattern, n_kv_head):
 
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_generation_far_beyond_the_window_and_the_block_is_the_same_with_a_cache(pos):
-    room = 50 if POSITIONS[pos].extrapolates else 0
+    room = 30 if POSITIONS[pos].extrapolates else 0
     for window, pattern in ((3, ""), (5, "LSS")):
         config = tiny(pos=pos, window=window, window_pattern=pattern, block_size=24)
         model = build(config)

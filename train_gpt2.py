@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import cli
 import hellaswag
 from fineweb import N_VOCAB, get_tokenizer, load_shards, write_beside
-from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
+from model import GPT, GPTConfig, autocast, pick_device, pick_dtype, read_json, read_safetensors
 
 PEAK_FLOPS = {  # dense bf16 tensor-core peak, from the makers' data sheets
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12,
@@ -520,7 +520,7 @@ class Trainer:
         if "latest" not in begun:
             return 0
         folder = run / (run / "latest").read_text().strip()
-        saved = json.loads((folder / "config.json").read_text())
+        saved = read_json(folder / "config.json")
         now = asdict(self.model_config) | {
             "seed": self.config.seed, "total_batch_tokens": self.config.total_batch_tokens,
             "data_tokens": self.train.tokens,
@@ -532,7 +532,7 @@ class Trainer:
                     f"{run} holds a run with {name} {then.get(name)}, this one has {value}; "
                     f"use that value, or choose another --run_dir"
                 )
-        self.model.load_state_dict(GPT.from_checkpoint(folder).state_dict())
+        self.model.load_weights(read_safetensors(folder / "model.safetensors"), folder)
         state = torch.load(folder / "train_state.pt", map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

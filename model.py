@@ -17,6 +17,7 @@ hs = C / nh, V = vocab_size. Parameter names are nanoGPT's.
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -458,8 +459,34 @@ def attention_mask(q_pos, k_pos, window, bias, q_doc=None, k_doc=None):
     return visible if bias is None else bias.masked_fill(~visible, -math.inf)
 
 
+def window_masks(pos, window, wpe, doc=None):
+    """attention_mask for a sliding window over the positions pos (T,), in chunks: a list of
+    (slice of queries, slice of the keys they reach, mask), so that time and memory grow with
+    T window, not T^2. doc (B, T) if attention keeps within documents."""
+    T, masks = len(pos), []
+    plain = type(wpe).bias is NoPosition.bias and doc is None
+    step = max(128, T // 16)
+    # the first queries reach all keys before them: as one chunk, torch's causal kernel takes them
+    edges = [0, *range(window if plain else step, T, step), T]
+    for start, end in itertools.pairwise(edges):
+        rows, keys = slice(start, end), slice(max(0, start - window + 1), end)
+        if plain and start == 0:
+            masks.append((rows, keys, None))
+            continue
+        docs = () if doc is None else (doc[:, rows], doc[:, keys])
+        bias = wpe.bias(pos[rows], pos[keys])
+        masks.append((rows, keys, attention_mask(pos[rows], pos[keys], window, bias, *docs)))
+    return masks
+
+
 def sdpa(q, k, v, mask, dropout):
     """torch's fused attention; no mask means plain causal, for which it has its fastest kernel."""
+    if isinstance(mask, list):
+        parts = [
+            sdpa(q[:, :, rows], k[:, :, keys], v[:, :, keys], part, dropout)
+            for rows, keys, part in mask
+        ]
+        return torch.cat(parts, dim=2)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(
@@ -554,15 +581,15 @@ class KVCache:
     def __init__(self, config, length):
         self.length, self.seen = length, 0
         self.layers = [LayerCache(min(w, length) if w else length) for w in config.windows]
-        self.tags = {}  # ring size -> position (size,) and document (B, size) in each slot
-        self.documents = 0  # (B, 1) how many documents began so far
+        self.tags = {}  # ring size -> position (size,), perhaps document (B, size), in each slot
+        self.documents = 0  # (B, 1) how many documents began so far, if the model asks
 
-    def place(self, pos, doc):
-        """Make room for the tokens at pos (T,), contiguous, of documents doc (B, T) -> {ring
-        size: (pos, doc) of what their queries attend to}, masks still to be applied."""
+    def place(self, pos, *doc):
+        """Make room for the tokens at pos (T,), contiguous, perhaps of documents doc (B, T) ->
+        {ring size: (pos, *doc) of what their queries attend to}, masks still to be applied."""
         if self.seen + len(pos) > self.length:
             raise ValueError(f"the cache holds {self.length} positions, {len(pos)} more do not fit")
-        attended, new = {}, (pos, doc)
+        attended, new = {}, (pos, *doc)
         for layer in self.layers:
             layer.place(self.seen, pos)
             size = layer.size
@@ -570,14 +597,31 @@ class KVCache:
                 continue
             if size not in self.tags:
                 empty = torch.full((size,), self.FAR, device=pos.device)
-                self.tags[size] = (empty, doc.new_zeros(len(doc), size))
+                self.tags[size] = (empty, *(d.new_zeros(len(d), size) for d in doc))
             before, after = self.tags[size], tuple(ring.clone() for ring in self.tags[size])
             for ring, tag in zip(after, new, strict=True):
                 ring[..., layer.slots] = tag[..., -size:]
             self.tags[size] = after
             attended[size] = layer.attended(before, new, after, dim=-1)
-        self.seen, self.documents = self.seen + len(pos), doc[:, -1:]
+        self.seen += len(pos)
+        for d in doc:
+            self.documents = d[:, -1:]
         return attended
+
+    def pick(self, rows):
+        """Make these rows of the batch, (B',) int64 with repeats, the cache's batch: several
+        continuations of one context then share the work on it."""
+        for layer in self.layers:
+            layer.k, layer.v = layer.k[rows], layer.v[rows]
+        self.tags = {
+            size: (pos, *(d[rows] for d in doc)) for size, (pos, *doc) in self.tags.items()
+        }
+        if torch.is_tensor(self.documents):
+            self.documents = self.documents[rows]
+
+    def to(self, dtype):
+        for layer in self.layers:
+            layer.k, layer.v = layer.k.to(dtype), layer.v.to(dtype)
 
 
 # ----------------------------------------------------------------------------- MLP and block
@@ -799,11 +843,14 @@ class GPT(nn.Module):
 
     def masks(self, pos, idx, cache):
         """What the tokens idx (B, T) at pos (T,) may attend to: {window: a mask as attention_mask
-        makes it, or None for plain causal attention}, one for all layers of that window."""
+        or window_masks makes it, or None for plain causal attention}, one for all layers of that
+        window."""
         config, wpe, T = self.config, self.transformer.wpe, len(pos)
-        ends = idx == config.vocab_used - 1  # the end-of-text token begins a document
-        doc = ends.cumsum(1) + (cache.documents if cache else 0)  # (B, T)
-        attended = cache.place(pos, doc) if cache else {}
+        flex, tags = config.attention_kernel == "flex", (pos,)
+        if config.document_mask:  # the end-of-text token begins a document
+            begun = (idx == config.vocab_used - 1).cumsum(1)
+            tags = (pos, begun + (cache.documents if cache else 0))  # (T,), (B, T)
+        attended = cache.place(*tags) if cache else {}
         masks = {}
         for i, window in enumerate(config.windows):
             if window in masks:
@@ -812,25 +859,28 @@ class GPT(nn.Module):
                 start = cache.layers[i].start if cache else 0
                 masks[window] = linformer_mask(start, T, config, wpe, pos.device)
                 continue
-            k_pos, k_doc = attended[cache.layers[i].size] if cache else (pos, doc)
+            k_pos, *k_doc = attended[cache.layers[i].size] if cache else tags
+            if k_pos is pos and 0 < window < T and not flex:
+                masks[window] = window_masks(pos, window, wpe, *k_doc)
+                continue
             bias = wpe.bias(pos, k_pos)
-            causal = k_pos is pos and bias is None and not 0 < window < T
-            if causal and not config.document_mask and config.attention_kernel != "flex":
+            if k_pos is pos and bias is None and not config.document_mask and not flex:
                 masks[window] = None
                 continue
-            make = flex_mask if config.attention_kernel == "flex" else attention_mask
-            docs = (doc, k_doc) if config.document_mask else ()
+            make = flex_mask if flex else attention_mask
+            docs = (tags[1], *k_doc) if config.document_mask else ()
             masks[window] = make(pos, k_pos, window, bias, *docs)
         return masks
 
     @torch.no_grad()
-    def token_losses(self, idx, targets):
-        """Cross entropy in nats of each target, (B, T) -> (B, T) fp32; 0 where target is -1.
+    def token_losses(self, x, targets):
+        """Cross entropy in nats of each target, features (B, T, C) and (B, T) -> (B, T) fp32; 0
+        where target is -1.
 
         Only positions that have a target cost logits. For evaluation: no gradient."""
         wanted = targets >= 0
-        x = self.head_input(self.features(idx)[wanted])  # (N, C)
-        result = torch.zeros(targets.shape, device=idx.device)
+        x = self.head_input(x[wanted])  # (N, C)
+        result = torch.zeros(targets.shape, device=x.device)
         result[wanted] = self.cross_entropies(x, targets[wanted])
         return result
 
@@ -858,20 +908,27 @@ class GPT(nn.Module):
         top_p=None,
         use_cache=True,
         generator=None,
+        decoder=None,
     ):
         """Yield the next token of every row of idx (B, T), (B,) at a time.
 
         temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest
         likeliest whose probabilities reach p. Padding ids (vocab_used and up) are never drawn.
+        decoder: a copy of the model in another dtype that takes over after the prompt. Each token
+        must read all weights, and in bf16 they are half as large; the products of a long prompt
+        are faster in fp32 on most CPUs.
         """
         cache = KVCache(self.config, idx.size(1) + max_new_tokens) if use_cache else None
-        fresh = idx
+        model, fresh = self, idx
         for _ in range(max_new_tokens):
-            x = self.features(fresh if use_cache else idx, cache)
-            logits = self.logits(x[:, -1]).float()[:, : self.config.vocab_used]  # (B, V used)
+            x = model.features(fresh if use_cache else idx, cache)
+            logits = model.logits(x[:, -1]).float()[:, : self.config.vocab_used]  # (B, V used)
             fresh = sample_token(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
             idx = torch.cat((idx, fresh), dim=1)
             yield fresh[:, 0]
+            if decoder is not None and model is self:
+                model = decoder
+                cache.to(decoder.lm_head.weight.dtype)
 
     def generate(self, idx, max_new_tokens, *args, **kwargs):
         """idx (B, T) -> (B, T + max_new_tokens); the options are those of stream."""

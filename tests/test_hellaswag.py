@@ -258,15 +258,18 @@ def test_batches_and_order_change_nothing():
     assert torch.equal(forward, backward.flip(0))
 
 
-def test_batches_hold_rows_of_like_length_and_keep_to_the_budget():
+def test_batches_hold_contexts_of_one_length_and_keep_to_the_budget():
     examples = tokenize_items(random_items(40), "completion")
     rows = {row for example in examples for row in example.rows}
-    batches = list(hellaswag.batches(rows, 200))
+    batches = list(hellaswag.batches(rows, 400))
     assert sorted(row for batch in batches for row in batch) == sorted(rows)
-    sizes = [[len(row.ids) - 1 for row in batch] for batch in batches]
-    assert all(len(size) * max(size) <= 200 or len(size) == 1 for size in sizes)
-    flat = [n for size in sizes for n in size]
-    assert flat == sorted(flat, reverse=True)
+    lengths = []
+    for batch in batches:
+        contexts = {row.ids[: -row.scored] for row in batch}
+        lengths += {len(context) for context in contexts}
+        size = sum(map(len, contexts)) + len(batch) * max(row.scored for row in batch)
+        assert size <= 400 or len(contexts) == 1
+    assert len(lengths) == len(batches) and lengths == sorted(lengths, reverse=True)
 
 
 def test_a_tie_goes_to_the_first():

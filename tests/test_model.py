@@ -556,14 +556,14 @@ def test_token_losses_are_cross_entropies_position_by_position():
     model = build(tiny())
     idx, targets = tokens(model.config, 3, 8), tokens(model.config, 3, 8, seed=2)
     targets[0, :5] = targets[2] = -1
-    got = model.token_losses(idx, targets)
+    got = model.token_losses(model.features(idx), targets)
     logp = model(idx)[0].double().log_softmax(-1)
     for b, t in itertools.product(range(3), range(8)):
         y = targets[b, t].item()
         want = 0 if y < 0 else -logp[b, t, y].item()
         assert got[b, t].item() == pytest.approx(want, abs=1e-4)
     assert got.dtype == torch.float32 and not got.requires_grad
-    assert (model.token_losses(idx, torch.full_like(idx, -1)) == 0).all()
+    assert (model.token_losses(model.features(idx), torch.full_like(idx, -1)) == 0).all()
 
 
 @pytest.mark.parametrize("pos", POSITIONS)

@@ -1,0 +1,530 @@
+"""python bench.py train --peer ../build-nanogpt --out train.json
+
+Speed beside a peer: WORK is one of
+
+train       a training step                   beside build-nanogpt or nanoGPT
+hellaswag   scoring items                     beside build-nanogpt
+fineweb     text -> shards                    beside build-nanogpt
+generate    256 new tokens, batch 1           beside nanoGPT
+scaling     a training step from 1k to 16k tokens of context, windowed beside full attention
+
+--peer is a checkout of the peer's repository; without one, ours runs alone. Ours and the peer's own
+code run in a process each, so that neither feels what the other does to torch or to the memory,
+and take turns, round by round. Before they are timed they must agree on the result: the same loss,
+the same predictions, the same token ids. Figures are medians over the rounds.
+"""
+
+import ast
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from tyro.conf import Positional
+
+import cli
+import hellaswag
+import sample
+import train_gpt2
+from fineweb import EOT, get_tokenizer, load_shards, write_beside
+from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
+
+PEERS = {"build-nanogpt": "hellaswag.py", "nanoGPT": "configurator.py"}  # a file only it has
+
+
+@dataclass
+class BenchConfig:
+    work: Positional[Literal["train", "hellaswag", "fineweb", "generate", "scaling"]]
+    """what to time; see above"""
+    peer: str = ""
+    """folder of a checkout of build-nanogpt or nanoGPT; empty times ours alone"""
+    rounds: int = 5
+    """timed rounds of each side, after one that warms up"""
+    out: str = ""
+    """JSON file for the figures"""
+    device: str = "auto"
+    """auto takes cuda, else mps, else cpu"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """precision of both sides' matrix products; auto takes what is fast on the device"""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """torch.compile for ours, and for nanoGPT, which does by default; auto: on CUDA only"""
+    n_layer: int = 12
+    """blocks of the GPT-2 that is timed; 12 is the 124M one"""
+    n_embd: int = 768
+    """its width, in heads of 64"""
+    block_size: int = 1024
+    """its context: the tokens of a training sequence"""
+    micro_batch: int = 0
+    """train: sequences in a forward pass, the same for both; 0 = 64 on CUDA, else 4"""
+    micro_steps: int = 0
+    """train: forward passes in a step; 0 = as many as make build-nanogpt's 2^19 tokens on CUDA,
+    else 1"""
+    items: int = 40
+    """hellaswag: items in a round, a random sample"""
+    data: str = ""
+    """hellaswag: the validation file; empty = fetch the official one. fineweb: the source"""
+    new_tokens: int = 256
+    """generate: tokens after a prompt of 16"""
+    workers: int = 2
+    """fineweb: processes or threads of both sides"""
+
+    def __post_init__(self):
+        for name in ("rounds", "n_layer", "n_embd", "block_size", "items", "new_tokens", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if min(self.micro_batch, self.micro_steps) < 0:
+            raise ValueError("micro_batch and micro_steps must be 0 or more")
+        if self.n_embd % 64:
+            raise ValueError(f"n_embd is {self.n_embd}; heads are 64 wide, so try a multiple of 64")
+
+    @property
+    def gpt(self):
+        """The model's sizes, under the names that both peers use too."""
+        heads = self.n_embd // 64
+        return {
+            "n_layer": self.n_layer, "n_head": heads, "n_embd": self.n_embd,
+            "block_size": self.block_size,
+        }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- two sides
+# A side is a generator: it first yields what both sides must agree on, then does one round of the
+# work for every next() and yields how many units that was.
+
+
+class Side:
+    """A generator run in a process of its own, started by the first call."""
+
+    def __init__(self, side, config):
+        context = mp.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, side, config), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.result, self.start_up = self.ask()
+        self.rates = []
+
+    def ask(self, question=None):
+        if question is not None:
+            self.pipe.send(question)
+        try:
+            kind, *answer = self.pipe.recv()
+        except EOFError:
+            raise ValueError("a side's process died; it may have run out of memory") from None
+        if kind == "error":
+            raise ValueError(f"{answer[0]}\n{answer[1]}" if "--debug" in sys.argv else answer[0])
+        return answer
+
+    def round(self):
+        units, seconds = self.ask("round")
+        self.rates.append(units / seconds)
+
+    def close(self):
+        """-> peak memory in bytes: of the card, or of the process beyond its libraries."""
+        (peak,) = self.ask("close")
+        self.process.join()
+        return peak
+
+
+def serve(pipe, side, config):
+    try:
+        device = pick_device(config.device)
+        begin, before = time.perf_counter(), peak_memory(device)
+        work = side(config)
+        result = next(work)
+        pipe.send(("ready", result, time.perf_counter() - begin))
+        while pipe.recv() == "round":
+            begin = time.perf_counter()
+            units = next(work)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            pipe.send(("done", units, time.perf_counter() - begin))
+        pipe.send(("closed", peak_memory(device) - before))
+    except Exception as error:
+        pipe.send(("error", f"{side.__name__}: {error}", traceback.format_exc()))
+
+
+def peak_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def duel(config, metric, ours, peer=None, agree=lambda a, b: None, memory=False):
+    """Time the two sides in turns -> result rows. agree(result of ours, of the peer) raises a
+    ValueError unless both did the same work."""
+    sides = [Side(side, config) for side in (ours, peer) if side]
+    if peer:
+        agree(sides[0].result, sides[1].result)
+    for i in range(config.rounds + 1):
+        for side in sides:
+            side.round()
+        shown = "  ".join(f"{side.rates[-1]:,.1f}" for side in sides)
+        print(f"round {i or 'of warm-up'}: {shown} {metric}", flush=True)
+    rows = [row(config, metric, *(statistics.median(side.rates[1:]) for side in sides))]
+    peaks = [side.close() for side in sides]
+    if memory:
+        rows.append(row(config, "peak memory, GiB", *(peak / 2**30 for peak in peaks)))
+        rows.append(row(config, "start-up to ready, s", *(side.start_up for side in sides)))
+    return rows
+
+
+def row(config, metric, ours, peer=None):
+    """One figure, in the form of --out."""
+    device = pick_device(config.device)
+    cores = f"{os.cpu_count()} cores, {cpu_name()}"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
+    return {
+        "work": config.work, "metric": metric, "ours": ours, "peer": peer,
+        "ratio": ours / peer if peer else None, "rounds": config.rounds, "machine": machine,
+        "versions": train_gpt2.versions() | {"peer": peer_name(config) if peer else None},
+        "settings": dataclasses.asdict(config),
+    }  # fmt: skip
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+# ----------------------------------------------------------------------------- the peers' code
+
+
+def peer_name(config):
+    for name, mark in PEERS.items():
+        if (Path(config.peer) / mark).is_file():
+            return name
+    raise ValueError(
+        f"{config.peer} is no checkout of build-nanogpt or nanoGPT; clone one beside this folder "
+        f"and give it as --peer"
+    )
+
+
+def peer_code(path, **names):
+    """The imports, classes and functions of a peer's script, as it ships them, as a namespace;
+    what it does when run is left out. names are globals that its functions expect."""
+    keep = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
+    try:
+        tree = ast.parse(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read the peer's {path}: {error.strerror}") from None
+    tree.body = [node for node in tree.body if isinstance(node, keep)]
+    module = types.ModuleType(Path(path).stem)
+    sys.modules[f"peer_{module.__name__}"] = module
+    module.__dict__.update(names, __name__=f"peer_{module.__name__}")
+    here = sys.modules.pop("hellaswag", None)  # build-nanogpt imports its own by this name
+    sys.path.insert(0, str(Path(path).parent))
+    try:
+        exec(compile(tree, str(path), "exec"), module.__dict__)
+    finally:
+        sys.path.pop(0)
+        if here is not None:
+            sys.modules["hellaswag"] = here
+    return module
+
+
+def peer_gpt(config, name):
+    """The peer's GPT-2 with the weights that ours draws, and its script's namespace."""
+    file = "train_gpt2.py" if name == "build-nanogpt" else "model.py"
+    code = peer_code(Path(config.peer) / file, master_process=False)
+    model = code.GPT(code.GPTConfig(**config.gpt, vocab_size=50304))
+    missing = model.load_state_dict(our_gpt(config).state_dict(), strict=False)
+    if missing.unexpected_keys or any(not k.endswith("attn.bias") for k in missing.missing_keys):
+        raise ValueError(f"the peer's GPT has other parameters: {missing}")
+    return model.to(pick_device(config.device)), code
+
+
+def our_gpt(config):
+    torch.manual_seed(1337)
+    return GPT(GPTConfig(**config.gpt))
+
+
+def close_to(tolerance, what, ours, peer):
+    if abs(ours - peer) > tolerance:
+        raise ValueError(f"the sides differ in {what}: {ours} and {peer}; nothing was timed")
+
+
+def same(what, ours, peer):
+    if ours != peer:
+        raise ValueError(f"the sides differ in {what}; nothing was timed")
+
+
+# ----------------------------------------------------------------------------- train
+
+
+def train(config):
+    device = pick_device(config.device)
+    config.micro_batch = config.micro_batch or (64 if device.type == "cuda" else 4)
+    tokens = config.micro_batch * config.block_size
+    if not config.micro_steps:
+        config.micro_steps = max(1, 2**19 // tokens) if device.type == "cuda" else 1
+    with tempfile.TemporaryDirectory() as folder:
+        # token ids without meaning: the work does not depend on them
+        ids = np.random.default_rng(0).integers(0, EOT, 2 * tokens * config.micro_steps + 1)
+        for split, number in (("val", 0), ("train", 1)):
+            np.save(f"{folder}/random_{split}_{number:06d}.npy", ids.astype(np.uint16))
+        config.data = folder
+        peer = peer_trains if config.peer else None
+        # autocast rounds differently where the two form their loss; fp32 must agree closely
+        tolerance = 1e-4 if pick_dtype(config.dtype, device) == torch.float32 else 2e-2
+        agree = functools.partial(close_to, tolerance, "the loss of one batch")
+        rows = duel(config, "tokens/s", we_train, peer, agree, memory=True)
+    flops = our_gpt(config).flops_per_token()
+    rate = matrix_rate(config, device)
+    shares = [flops * speed / rate for speed in (rows[0]["ours"], rows[0]["peer"]) if speed]
+    rows.append(row(config, f"share of {rate / 1e12:.2f} TFLOP/s, the matrix rate", *shares))
+    return rows
+
+
+def we_train(config):
+    trainer = train_gpt2.Trainer(
+        GPTConfig(**config.gpt),
+        train_gpt2.TrainConfig(
+            data_dir=config.data, device=config.device, dtype=config.dtype, compile=config.compile,
+            micro_batch=config.micro_batch, max_steps=10**6,
+            total_batch_tokens=config.micro_batch * config.micro_steps * config.block_size,
+        ),
+    )  # fmt: skip
+    x, y = trainer.load(trainer.train, np.arange(config.micro_batch))
+    with torch.no_grad(), trainer.autocast():
+        yield trainer.model(x, y)[1].item()
+    for step in itertools.count():
+        trainer.step(step)
+        yield trainer.config.total_batch_tokens
+
+
+def peer_trains(config):
+    """The peer's model and optimizer in its training loop's own order."""
+    name, device = peer_name(config), pick_device(config.device)
+    torch.set_float32_matmul_precision("high")
+    model, _ = peer_gpt(config, name)
+    decay, rate, betas = 0.1, 6e-4, (0.9, 0.95)
+    if name == "build-nanogpt":
+        optimizer = model.configure_optimizers(decay, rate, device.type)
+    else:
+        optimizer = model.configure_optimizers(decay, rate, betas, device.type)
+        if config.compile == "true" or (config.compile == "auto" and device.type == "cuda"):
+            model = torch.compile(model)
+    windows = train_gpt2.Windows(load_shards(config.data, "train"), config.block_size)
+
+    def batch(i):
+        first = (i * config.micro_batch) % (windows.count - config.micro_batch + 1)
+        x, y = windows.read(np.arange(first, first + config.micro_batch))
+        return x.to(device), y.to(device)
+
+    half = autocast(device, pick_dtype(config.dtype, device))
+    with torch.no_grad(), half:
+        yield model(*batch(0))[1].item()
+    while True:
+        optimizer.zero_grad()
+        for i in range(config.micro_steps):
+            x, y = batch(i)
+            with half:
+                _, loss = model(x, y)
+            (loss / config.micro_steps).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+        yield config.micro_steps * x.numel()
+
+
+def matrix_rate(config, device):
+    """FLOP/s of a large square product, the most that a step could reach."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=pick_dtype(config.dtype, device))
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * n**3 / statistics.median(seconds[1:])
+
+
+# ----------------------------------------------------------------------------- hellaswag
+
+
+def score(config):
+    peer = peer_scores if config.peer else None
+    agree = functools.partial(same, "the predictions of acc_norm")
+    return duel(config, "items/s", we_score, peer, agree)
+
+
+def we_score(config):
+    device = pick_device(config.device)
+    model = our_gpt(config).to(device).eval()
+    items = hellaswag.load_items(config.data, config.items)
+
+    def predictions():
+        examples = hellaswag.tokenize_items(items, "completion")
+        with autocast(device, pick_dtype(config.dtype, device)):
+            return hellaswag.predict(model, examples)[:, 1].tolist()
+
+    return once_then(predictions, lambda: len(predictions()))
+
+
+def peer_scores(config):
+    """build-nanogpt's evaluation in its training loop: its own functions, an item at a time."""
+    model, code = peer_gpt(config, "build-nanogpt")
+    render = peer_code(Path(config.peer) / "hellaswag.py", enc=get_tokenizer()).render_example
+    device = pick_device(config.device)
+    items = hellaswag.load_items(config.data, config.items)
+
+    def predictions():
+        found = []
+        for item in items:
+            _, tokens, mask, _ = render(item)
+            tokens, mask = tokens.to(device), mask.to(device)
+            with torch.no_grad(), autocast(device, pick_dtype(config.dtype, device)):
+                logits, _ = model(tokens)
+                found.append(code.get_most_likely_row(tokens, mask, logits))
+        return found
+
+    return once_then(predictions, lambda: len(predictions()))
+
+
+# ----------------------------------------------------------------------------- generate
+
+
+def generate(config):
+    agree = functools.partial(same, "the likeliest tokens")
+    return duel(config, "tokens/s", we_generate, peer_generates if config.peer else None, agree)
+
+
+def prompt(config):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(EOT, (1, 16), generator=generator).to(pick_device(config.device))
+
+
+def we_generate(config):
+    """As sample.py does it."""
+    device = pick_device(config.device)
+    model, idx, n = our_gpt(config).to(device).eval(), prompt(config), config.new_tokens
+    dtype = pick_dtype(config.dtype, device)
+    fast = sample.decoder(model, dtype, 1) if config.dtype == "auto" else None
+
+    def likeliest():
+        return model.generate(idx, 32, temperature=0)[0].tolist()
+
+    def run():
+        with autocast(device, dtype):
+            return model.generate(idx, n, top_k=50, decoder=fast).size(1) - idx.size(1)
+
+    return once_then(likeliest, run)
+
+
+def peer_generates(config):
+    """nanoGPT's generate, under the autocast that its sample.py uses."""
+    device = pick_device(config.device)
+    (model, _), idx, n = peer_gpt(config, "nanoGPT"), prompt(config), config.new_tokens
+    model.eval()
+
+    def likeliest():
+        # its GELU is the exact one, GPT-2's and ours the tanh form: for this check, as GPT-2
+        exact = [block.mlp.gelu for block in model.transformer.h]
+        for block in model.transformer.h:
+            block.mlp.gelu = torch.nn.GELU(approximate="tanh")
+        found = model.generate(idx, 32, top_k=1)[0].tolist()
+        for block, gelu in zip(model.transformer.h, exact, strict=True):
+            block.mlp.gelu = gelu
+        return found
+
+    def run():
+        with torch.no_grad(), autocast(device, pick_dtype(config.dtype, device)):
+            return model.generate(idx, n, top_k=50).size(1) - idx.size(1)
+
+    return once_then(likeliest, run)
+
+
+def once_then(check, run):
+    """A side: the result to agree on, then a round's units again and again."""
+    yield check()
+    while True:
+        yield run()
+
+
+# ----------------------------------------------------------------------------- scaling
+
+
+def scaling(config):
+    """The blocks' forward and backward pass over one sequence of T tokens: ours is windowed, the
+    "peer" is our own full attention."""
+    rows = []
+    cases = [(T, 512) for T in (1024, 2048, 4096, 8192, 16384)]
+    cases += [(1024, window) for window in (64, 256, 768, 960)]
+    for T, window in cases:
+        metric = f"tokens/s of the blocks, T={T}, window {window} beside full"
+        windowed = dataclasses.replace(config, block_size=T)
+        sides = [functools.partial(pass_over_blocks, window=w) for w in (window, 0)]
+        rows += duel(windowed, metric, *sides)
+    return rows
+
+
+def pass_over_blocks(config, window):
+    device = pick_device(config.device)
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(**config.gpt, window=window)).to(device)
+    idx = torch.randint(EOT, (1, config.block_size), device=device)
+
+    def run():
+        with autocast(device, pick_dtype(config.dtype, device)):
+            x = model.features(idx)
+        x.float().square().mean().backward()
+        model.zero_grad()
+        return config.block_size
+
+    return once_then(run, run)
+
+
+# ----------------------------------------------------------------------------- main
+
+WORKS = {"train": train, "hellaswag": score, "generate": generate, "scaling": scaling}
+
+
+def table(rows):
+    cells = [["work", "metric", "ours", "peer", "ratio"]]
+    for r in rows:
+        numbers = [f"{r[key]:,.3g}" if r[key] else "-" for key in ("ours", "peer", "ratio")]
+        cells.append([r["work"], r["metric"], *numbers])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    known = [f"{name} {version}" for name, version in rows[0]["versions"].items() if version]
+    return "\n".join([*lines, f"{rows[0]['machine']}; {', '.join(known)}; medians of "
+                      f"{rows[0]['rounds']} rounds"])  # fmt: skip
+
+
+def main():
+    config = cli.parse(BenchConfig)
+    if config.peer and config.work != "scaling":
+        peer_name(config)
+    rows = WORKS[config.work](config)
+    print(table(rows))
+    if config.out:
+        with write_beside(config.out) as file:
+            file.write(json.dumps(rows, indent=1).encode())
+
+
+if __name__ == "__main__":
+    cli.run(main)

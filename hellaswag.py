@@ -119,7 +119,8 @@ def read_records(path):
                 if line.strip():
                     yield number, json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        hint = cli.pointer_hint(path)
+        raise ValueError(f"{path}, line {number} is not JSON: {error}{hint}") from None
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}, after line {number}: {error}") from None
 
@@ -308,6 +309,10 @@ def main():
     config = cli.parse(Config)
     if config.out:
         os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
+        if os.path.isdir(config.out):
+            raise ValueError(
+                f"--out {config.out} is a folder; name a file: {config.out}/score.json"
+            )
     items = load_items(config.data, config.limit, config.seed)
     device = pick_device(config.device)
     model = GPT.from_checkpoint(config.checkpoint).to(device)

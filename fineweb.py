@@ -198,6 +198,9 @@ def load_shards(folder, split):
     is truncated, foreign, of another dtype, or not as long as its header says.
     """
     shards = [open_shard(path) for path in list_shards(folder) if shard_split(path) == split]
+    tokenizer = (read_manifest(folder) or MANIFEST)["tokenizer"]
+    if tokenizer != MANIFEST["tokenizer"]:
+        raise ValueError(f"{folder} holds ids of the tokenizer {tokenizer}, not of gpt2's")
     if not shards:
         hint = f"python fineweb.py --source pydocs --out {folder}"
         raise ValueError(f"no {split} shard (.npy or .bin) in {folder}; make them: {hint}")
@@ -211,7 +214,8 @@ def open_shard(path):
         if path.endswith(".bin"):
             header, offset = file.read(HEADER_BYTES), HEADER_BYTES
             if len(header) < HEADER_BYTES:
-                raise ValueError(f"{path} is truncated: {size} bytes, less than its header")
+                short = f"{path} is truncated: {size} bytes, less than its header"
+                raise ValueError(short + cli.pointer_hint(path))
             magic, version, length = struct.unpack("<3i", header[:12])
             if (magic, version) != (MAGIC, VERSION):
                 found = f"magic {magic} version {version}, not {MAGIC} version {VERSION}"
@@ -221,7 +225,8 @@ def open_shard(path):
                 np.lib.format.read_magic(file)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             except Exception as error:  # numpy parses the header as Python, with its kinds
-                raise ValueError(f"{path} is not a .npy file: {first_line(error)}") from error
+                why = first_line(error) + cli.pointer_hint(path)
+                raise ValueError(f"{path} is not a .npy file: {why}") from error
             if dtype != np.dtype("<u2") or len(shape) != 1:
                 raise ValueError(f"{path} holds {dtype} of shape {shape}, not 1-D uint16")
             length, offset = shape[0], file.tell()
@@ -300,7 +305,10 @@ def check_ids(path, shard):
         ids = shard[start : start + (1 << 24)]
         if ids.max() >= N_VOCAB:
             i = int(np.argmax(ids >= N_VOCAB))
-            raise ValueError(f"{path} holds id {ids[i]} at {start + i}; GPT-2's ids end at {EOT}")
+            raise ValueError(
+                f"{path} holds id {ids[i]} at {start + i}; GPT-2's ids end at {EOT}: it was made "
+                f"with another tokenizer, tokenise its text anew"
+            )
         documents += int(np.count_nonzero(ids == EOT))
     return documents
 
@@ -397,7 +405,8 @@ def read_source(source, position):
                 done = (before[i] + part * sizes[i]) / max(1, before[-1])
                 yield Record(i, number, text or "", is_start, done)
         except Exception as error:  # every reader library raises kinds of its own
-            raise ValueError(f"cannot read {path}: {first_line(error)}") from error
+            why = first_line(error) + cli.pointer_hint(path)
+            raise ValueError(f"cannot read {path}: {why}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -621,7 +630,8 @@ def hold_for_val(batches, val_tokens):
     size = val_tokens or min(VAL_TOKENS, total // 10)
     if total <= size:
         size = total // 10
-        print(f"only {total} tokens: val gets a tenth, not {val_tokens}", file=sys.stderr)
+        if size:
+            print(f"only {total} tokens: val gets a tenth, not {val_tokens}", file=sys.stderr)
     if size == 0:
         raise ValueError(f"only {total} tokens in the source: too few for a val and a train shard")
     return size, itertools.chain((held.popleft() for _ in range(len(held))), batches)

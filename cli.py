@@ -98,7 +98,7 @@ def read_toml(path):
             table = tomllib.load(file)
     except OSError as error:
         fail(f"cannot read config {path}: {error.strerror or error}", status=2)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         fail(f"{path} is not a TOML config: {error}{pointer_hint(path)}", status=2)
     for name, value in table.items():
         if isinstance(value, (dict, list)):
@@ -179,6 +179,12 @@ def run(main):
         if debug:
             raise
         fail(place_hint(error))
+    except (MemoryError, RuntimeError) as error:  # torch has no kind of its own for it on CPU
+        wanted = re.search(r"tried to allocate (\d+) bytes|size calculation overflowed", str(error))
+        if debug or not (wanted or isinstance(error, MemoryError)):
+            raise
+        much = f" for {int(wanted[1]) / 2**30:,.1f} GiB at once" if wanted and wanted[1] else ""
+        fail(f"not enough memory{much}; lower the sizes: batch, samples, tokens, context or model")
 
 
 def place_hint(error):

@@ -38,7 +38,7 @@ def read_log(run):
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from None
         if not isinstance(entry, dict):
             raise ValueError(f"{path} line {number} is no JSON object but {str(entry)[:40]}")

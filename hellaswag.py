@@ -118,7 +118,7 @@ def read_records(path):
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         hint = cli.pointer_hint(path)
         raise ValueError(f"{path}, line {number} is not JSON: {error}{hint}") from None
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:

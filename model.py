@@ -919,10 +919,11 @@ class GPT(nn.Module):
         unknown = sorted(set(config["model"]) - known)
         if unknown:
             raise ValueError(f"{folder} is of another version: it sets {', '.join(unknown)}")
-        try:
-            model = cls.empty(GPTConfig(**config["model"]))
-        except TypeError as error:  # a text where a number belongs
-            raise ValueError(f"{folder}/config.json: {error}") from None
+        for name, value in config["model"].items():
+            kind = type(getattr(GPTConfig, name))
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{folder}/config.json: {name} is {value!r}, not {kind.__name__}")
+        model = cls.empty(GPTConfig(**config["model"]))
         return model.load_weights(read_safetensors(folder / "model.safetensors"), folder)
 
     @classmethod
@@ -956,6 +957,10 @@ class GPT(nn.Module):
             if w.shape != own[name].shape:
                 have, want = tuple(w.shape), tuple(own[name].shape)
                 raise ValueError(f"{origin}: {name} has shape {have}, the config asks for {want}")
+            if not w.isfinite().all():
+                raise ValueError(
+                    f"{origin}: {name} holds nan or infinity; take an older checkpoint"
+                )
         self.load_state_dict(weights)
         return self
 
@@ -993,7 +998,7 @@ def read_json(path):
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise ValueError(f"no {path}: give a step, run or Hugging Face folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}{pointer_hint(path)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object but {str(content)[:40]}")

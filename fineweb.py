@@ -194,8 +194,9 @@ def list_shards(folder):
 def load_shards(folder, split):
     """The shards of "train" or "val": a list of (n,) uint16 memmaps, sorted by file name.
 
-    Reads headers only. ValueError (one line) for a missing folder or split, and for a file that
-    is truncated, foreign, of another dtype, or not as long as its header says.
+    Reads headers and beginnings only. ValueError (one line) for a missing folder or split, and for
+    a file that is truncated, foreign, of another dtype or vocabulary, or not as long as its header
+    says.
     """
     shards = [open_shard(path) for path in list_shards(folder) if shard_split(path) == split]
     tokenizer = (read_manifest(folder) or MANIFEST)["tokenizer"]
@@ -204,6 +205,8 @@ def load_shards(folder, split):
     if not shards:
         hint = f"python fineweb.py --source pydocs --out {folder}"
         raise ValueError(f"no {split} shard (.npy or .bin) in {folder}; make them: {hint}")
+    for shard in shards:
+        check_ids(shard.filename, shard[: 2**16])
     return shards
 
 

@@ -332,6 +332,8 @@ CASES = {
         (f"{SAMPLE} --temperature nan", nothing, ["temperature", "nan"]),
         (f"{SAMPLE} --num_samples 0", nothing, ["num_samples is 0"]),
         (f"{SAMPLE} --seed 99999999999999999999", nothing, ["seed", "2**63"]),
+        ("train_gpt2 c.toml --n_embd 100000000", nothing, ["not enough memory", "GiB", "lower"],
+         "train_gpt2 c.toml --n_embd 8"),
     ],
     "combinations": [
         ("train_gpt2 c.toml --n_embd 6 --n_head 4", nothing, ["n_embd 6", "n_head 4"],
@@ -374,6 +376,7 @@ CASES = {
         ("train_gpt2 c.toml", write("c.toml", 'n_layer = "many"'), ["n_layer", "many"]),
         ("model c.toml", write("c.toml", "n_layer = [1]"), ["c.toml", "n_layer"]),
         ("train_gpt2 c.toml", write("c.toml", LFS), ["c.toml", "git lfs pull"]),
+        ("train_gpt2 c.toml", write("c.toml", "a = " + "[" * 10**4), ["c.toml is not a TOML"]),
     ],
     "shards": [
         (f"{TRAIN} --data_dir nowhere", nothing, ["no folder nowhere", f"{PYDOCS} nowhere"]),
@@ -461,8 +464,18 @@ CASES = {
         (SAMPLE, write("step/config.json", "[]"), ["step/config.json"]),
         (SAMPLE, edit("step/config.json", model={"n_flux": 3}), ["another version", "n_flux"]),
         (SAMPLE, edit("step/config.json", model={"pos": "warp"}), ["warp", "rope"]),
-        (SAMPLE, edit("step/config.json", model={"n_embd": "4"}), ["step/config.json"]),
-        (SAMPLE, edit("step/config.json", model={"n_layer": 1.5}), ["step/config.json", "float"]),
+        (SAMPLE, edit("step/config.json", model={"n_embd": "4"}), ["n_embd is '4', not int"]),
+        (SAMPLE, edit("step/config.json", model={"bias": "no"}), ["bias is 'no', not bool"]),
+        (SAMPLE, edit("step/config.json", model={"window_pattern": None}),
+         ["window_pattern is None"]),
+        (SAMPLE, edit("step/config.json", model={"vocab_size": 10**18}), ["not enough memory"]),
+        (SAMPLE, write("step/config.json", "[" * 10**5), ["step/config.json is not JSON"]),
+        (SCORE, tensors(WEIGHTS, transformer__ln_f__bias=torch.full((4,), torch.nan)),
+         ["step", "ln_f.bias", "nan"]),
+        (SAMPLE, tensors(WEIGHTS, transformer__ln_f__bias=torch.full((4,), torch.inf)),
+         ["step", "ln_f.bias", "infinity"]),
+        (SAMPLE, edit("step/config.json", model={"n_layer": 1.5}),
+         ["step/config.json", "n_layer is 1.5"]),
         ("sample run", write("run/latest", "step_000009\n"), ["run", "step_000009"],
          write("run/latest", "step_000001\n")),
         (RESUME, write("run/step_000001/config.json", "{}"), ["step_000001", "another version"]),
@@ -498,6 +511,7 @@ CASES = {
     "hellaswag": [
         ("hellaswag step --data gone.jsonl", nothing, ["gone.jsonl"], SCORE),
         (SCORE, write("val.jsonl", "{not json"), ["val.jsonl, line 1 is not JSON"]),
+        (SCORE, write("val.jsonl", "[" * 10**5), ["val.jsonl, line 1 is not JSON"]),
         (SCORE, write("val.jsonl", "[1, 2]"), ["val.jsonl, line 1", "[1, 2]"]),
         (SCORE, item(ctx_b=..., ind=...), ["val.jsonl, line 2", "ctx_b, ind"]),
         (SCORE, item(endings=["a", "b", "c"]), ["val.jsonl, line 2", "four texts"]),
@@ -600,7 +614,7 @@ def test_bad_input_is_one_line_with_a_hint_that_works(here, line, prepare, words
 
 
 def test_an_id_beyond_the_vocabulary_is_found_where_it_is_read(here):
-    """The beginning of every shard is checked at the start, the rest as it is read."""
+    """The first 65,536 of every shard are checked at the start, the rest as it is read."""
     shard(NPY, [7] * 70000 + [60000] + [7] * 99)
     config = train_gpt2.TrainConfig(data_dir="data")
     windows = train_gpt2.open_windows(config, "train", 16, 50304)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 import cli
-from fineweb import EOT, N_VOCAB, get_tokenizer, write_beside
+from fineweb import EOT, N_VOCAB, get_tokenizer, has_gpt2_vocabulary, write_beside
 from hub import hub_download
 from model import GPT, autocast, pick_device, pick_dtype
 
@@ -227,7 +227,7 @@ def predict(model, examples, batch_tokens=0, progress=""):
 
     progress: what to write before a progress bar; empty shows none."""
     config = model.config
-    if config.vocab_size < N_VOCAB:
+    if not has_gpt2_vocabulary(config):
         raise ValueError(
             f"the tokens are GPT-2's {N_VOCAB}, this model's vocabulary is {config.vocab_size}"
         )

@@ -392,11 +392,6 @@ class Tokenizer:
         return self.vocabulary.decode(ids)
 
 
-def has_gpt2_vocabulary(config):
-    """Whether a model's ids can be GPT-2's; matrices padded for speed have up to 51,200 rows."""
-    return config.vocab_size >= N_VOCAB and config.vocab_used <= 51200
-
-
 # ---------------------------------------------------------------------------------------------
 # Model -> folder
 

@@ -11,8 +11,8 @@ import torch
 from tyro.conf import Positional
 
 import cli
-from fineweb import EOT, get_tokenizer
-from hf import Tokenizer, has_gpt2_vocabulary
+from fineweb import EOT, get_tokenizer, has_gpt2_vocabulary
+from hf import Tokenizer
 from model import GPT, autocast, pick_device, pick_dtype
 
 

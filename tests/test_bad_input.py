@@ -507,6 +507,8 @@ CASES = {
         ("sample llama", nothing, ["llama", "tokenizer.json"]),
         ("sample llama --prompt hi", write("llama/tokenizer.json", "{}"), ["tokenizer.json"]),
         (SCORE.replace("step", "llama"), nothing, ["50257", "97"]),
+        ("hellaswag wide --data val.jsonl",
+         lambda: step_folder("wide", vocab_size=128256, vocab_used=128256), ["50257", "128256"]),
     ],
     "hellaswag": [
         ("hellaswag step --data gone.jsonl", nothing, ["gone.jsonl"], SCORE),

@@ -156,11 +156,6 @@ def is_gpt2(files):
     return all(os.path.isfile(path) and sha256(path) == GPT2_SHA256[n] for n, path in files.items())
 
 
-def has_gpt2_vocabulary(config):
-    """Whether a model's ids can be GPT-2's; matrices padded for speed have up to 51,200 rows."""
-    return config.vocab_size >= N_VOCAB and config.vocab_used <= 51200
-
-
 def encode(text):
     """text -> (n,) uint32 ids: tiktoken's encode_ordinary, also where that one panics."""
     try:
@@ -304,6 +299,11 @@ def info(folder):
         raise ValueError(bad[0] + more if bad else f"no shards in {folder}")
     if not manifest["done"]:
         print("unfinished: run the same command again to continue")
+
+
+def has_gpt2_vocabulary(config):
+    """Whether a model's ids can be GPT-2's; matrices padded for speed have up to 51,200 rows."""
+    return config.vocab_size >= N_VOCAB and config.vocab_used <= 51200
 
 
 def check_ids(path, shard):

@@ -560,12 +560,7 @@ class Trainer:
                     f"use that value, or choose another --run_dir"
                 )
         self.model.load_weights(read_safetensors(folder / "model.safetensors"), folder)
-        path = folder / "train_state.pt"
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is no whole training state: {reason}") from None
+        state = read_state(folder / "train_state.pt", self.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         return saved["step"]
@@ -618,6 +613,15 @@ def divisors(n):
 def step_folders(run):
     """The run's whole checkpoints, oldest first."""
     return sorted(run.glob("step_*"), key=lambda folder: int(folder.name[5:]))
+
+
+def read_state(path, device):
+    """What torch.save wrote, tensors and plain values only; ValueError for anything else."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no whole training state: {reason}") from None
 
 
 class Log:

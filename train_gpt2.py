@@ -194,6 +194,15 @@ def keep_freed_memory():
         libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow the heap by 256 MB at a time
 
 
+def read_state(path, device):
+    """What torch.save wrote, tensors and plain values only; ValueError for anything else."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no whole training state: {reason}") from None
+
+
 def refuse_conflicts(given, loaded, init_from):
     """ValueError where flags ask for another architecture than the loaded checkpoint has."""
     for name, default in asdict(GPTConfig()).items():
@@ -613,15 +622,6 @@ def divisors(n):
 def step_folders(run):
     """The run's whole checkpoints, oldest first."""
     return sorted(run.glob("step_*"), key=lambda folder: int(folder.name[5:]))
-
-
-def read_state(path, device):
-    """What torch.save wrote, tensors and plain values only; ValueError for anything else."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is no whole training state: {reason}") from None
 
 
 class Log:

@@ -12,6 +12,7 @@ This file exists so that every script reads its command line alike.
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import os
 import re
@@ -42,6 +43,8 @@ def parse(*classes, argv=None, description=None, configs=False):
         check_name(origin, name, fields)
         if hints[name] is bool:
             value = BOOLS.get(value.lower(), value)
+        if hints[name] in (int, float):
+            check_number(origin, value)
         args.append(f"--{name}={value}")
 
     group = dataclasses.make_dataclass("flags", [(c.__name__, c) for c in classes])
@@ -95,8 +98,8 @@ def read_toml(path):
             table = tomllib.load(file)
     except OSError as error:
         fail(f"cannot read config {path}: {error.strerror or error}", status=2)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        fail(f"{path} is not a TOML config: {error}", status=2)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        fail(f"{path} is not a TOML config: {error}{pointer_hint(path)}", status=2)
     for name, value in table.items():
         if isinstance(value, (dict, list)):
             fail(f"{path}: '{name}' must be one value, not a table or list", status=2)
@@ -110,6 +113,26 @@ def check_name(origin, name, names):
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "--help lists the valid names"
         fail(f"unknown name {origin}; {hint}", status=2)
+
+
+def check_number(origin, value):
+    """Refuse nan, infinity and what 64 bits do not hold: they pass as numbers everywhere."""
+    try:
+        number = float(value)
+    except ValueError:
+        return  # no number at all: tyro's message names the type that it wants
+    if not abs(number) < 2**63:
+        fail(f"{origin} is {value}; it must be a number below 2**63", status=2)
+
+
+def pointer_hint(path):
+    """What to add to an error about a file that Git LFS has not fetched yet; else nothing."""
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(24) == b"version https://git-lfs."
+    except OSError:
+        is_pointer = False
+    return "; it is a Git LFS pointer, fetch the file itself: git lfs pull" if is_pointer else ""
 
 
 def one_sentence(box):
@@ -155,4 +178,18 @@ def run(main):
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if debug:
             raise
-        fail(error)
+        fail(place_hint(error))
+    except (MemoryError, RuntimeError) as error:  # torch has no kind of its own for it on CPU
+        wanted = re.search(r"tried to allocate (\d+) bytes|size calculation overflowed", str(error))
+        if debug or not (wanted or isinstance(error, MemoryError)):
+            raise
+        much = f" for {int(wanted[1]) / 2**30:,.1f} GiB at once" if wanted and wanted[1] else ""
+        fail(f"not enough memory{much}; lower the sizes: batch, samples, tokens, context or model")
+
+
+def place_hint(error):
+    """An error of the file system as a sentence with the path and what to do."""
+    if not isinstance(error, OSError) or not error.filename:
+        return error
+    free = "free some, or " if error.errno == errno.ENOSPC else ""
+    return f"cannot use {error.filename}: {error.strerror}; {free}give another path"

@@ -35,11 +35,13 @@ def read_log(run):
     if not path.is_file():
         raise ValueError(f"no {path}: give the folder of a run that train_gpt2.py started")
     start, series = None, {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path} line {number} is no JSON object but {str(entry)[:40]}")
         if entry.get("event") == "start":
             start = entry
         for name in ("val_loss", "hellaswag_acc_norm", "train_loss", "tok_per_s"):
@@ -47,6 +49,8 @@ def read_log(run):
                 series.setdefault(name, []).append((entry["step"], entry[name]))
     if start is None:
         raise ValueError(f"{path} has no start entry: it is not a whole log")
+    if "parameters" not in start or "total_batch_tokens" not in start.get("config", {}):
+        raise ValueError(f"{path} is of another version: its start entry has no sizes")
     return start, series
 
 

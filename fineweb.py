@@ -194,13 +194,19 @@ def list_shards(folder):
 def load_shards(folder, split):
     """The shards of "train" or "val": a list of (n,) uint16 memmaps, sorted by file name.
 
-    Reads headers only. ValueError (one line) for a missing folder or split, and for a file that
-    is truncated, foreign, of another dtype, or not as long as its header says.
+    Reads headers and beginnings only. ValueError (one line) for a missing folder or split, and for
+    a file that is truncated, foreign, of another dtype or vocabulary, or not as long as its header
+    says.
     """
     shards = [open_shard(path) for path in list_shards(folder) if shard_split(path) == split]
+    tokenizer = (read_manifest(folder) or MANIFEST)["tokenizer"]
+    if tokenizer != MANIFEST["tokenizer"]:
+        raise ValueError(f"{folder} holds ids of the tokenizer {tokenizer}, not of gpt2's")
     if not shards:
         hint = f"python fineweb.py --source pydocs --out {folder}"
         raise ValueError(f"no {split} shard (.npy or .bin) in {folder}; make them: {hint}")
+    for shard in shards:
+        check_ids(shard.filename, shard[: 2**16])
     return shards
 
 
@@ -211,7 +217,8 @@ def open_shard(path):
         if path.endswith(".bin"):
             header, offset = file.read(HEADER_BYTES), HEADER_BYTES
             if len(header) < HEADER_BYTES:
-                raise ValueError(f"{path} is truncated: {size} bytes, less than its header")
+                short = f"{path} is truncated: {size} bytes, less than its header"
+                raise ValueError(short + cli.pointer_hint(path))
             magic, version, length = struct.unpack("<3i", header[:12])
             if (magic, version) != (MAGIC, VERSION):
                 found = f"magic {magic} version {version}, not {MAGIC} version {VERSION}"
@@ -221,7 +228,8 @@ def open_shard(path):
                 np.lib.format.read_magic(file)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             except Exception as error:  # numpy parses the header as Python, with its kinds
-                raise ValueError(f"{path} is not a .npy file: {first_line(error)}") from error
+                why = first_line(error) + cli.pointer_hint(path)
+                raise ValueError(f"{path} is not a .npy file: {why}") from error
             if dtype != np.dtype("<u2") or len(shape) != 1:
                 raise ValueError(f"{path} holds {dtype} of shape {shape}, not 1-D uint16")
             length, offset = shape[0], file.tell()
@@ -293,6 +301,11 @@ def info(folder):
         print("unfinished: run the same command again to continue")
 
 
+def has_gpt2_vocabulary(config):
+    """Whether a model's ids can be GPT-2's; matrices padded for speed have up to 51,200 rows."""
+    return config.vocab_size >= N_VOCAB and config.vocab_used <= 51200
+
+
 def check_ids(path, shard):
     """Count the documents of a shard (n,); ValueError when an id is outside the vocabulary."""
     documents = 0
@@ -300,7 +313,10 @@ def check_ids(path, shard):
         ids = shard[start : start + (1 << 24)]
         if ids.max() >= N_VOCAB:
             i = int(np.argmax(ids >= N_VOCAB))
-            raise ValueError(f"{path} holds id {ids[i]} at {start + i}; GPT-2's ids end at {EOT}")
+            raise ValueError(
+                f"{path} holds id {ids[i]} at {start + i}; GPT-2's ids end at {EOT}: it was made "
+                f"with another tokenizer, tokenise its text anew"
+            )
         documents += int(np.count_nonzero(ids == EOT))
     return documents
 
@@ -397,7 +413,8 @@ def read_source(source, position):
                 done = (before[i] + part * sizes[i]) / max(1, before[-1])
                 yield Record(i, number, text or "", is_start, done)
         except Exception as error:  # every reader library raises kinds of its own
-            raise ValueError(f"cannot read {path}: {first_line(error)}") from error
+            why = first_line(error) + cli.pointer_hint(path)
+            raise ValueError(f"cannot read {path}: {why}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -621,7 +638,8 @@ def hold_for_val(batches, val_tokens):
     size = val_tokens or min(VAL_TOKENS, total // 10)
     if total <= size:
         size = total // 10
-        print(f"only {total} tokens: val gets a tenth, not {val_tokens}", file=sys.stderr)
+        if size:
+            print(f"only {total} tokens: val gets a tenth, not {val_tokens}", file=sys.stderr)
     if size == 0:
         raise ValueError(f"only {total} tokens in the source: too few for a val and a train shard")
     return size, itertools.chain((held.popleft() for _ in range(len(held))), batches)

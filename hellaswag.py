@@ -29,7 +29,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 import cli
-from fineweb import EOT, N_VOCAB, get_tokenizer, write_beside
+from fineweb import EOT, N_VOCAB, get_tokenizer, has_gpt2_vocabulary, write_beside
 from hub import hub_download
 from model import GPT, KVCache, autocast, pick_device, pick_dtype
 
@@ -118,8 +118,9 @@ def read_records(path):
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        hint = cli.pointer_hint(path)
+        raise ValueError(f"{path}, line {number} is not JSON: {error}{hint}") from None
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}, after line {number}: {error}") from None
 
@@ -234,7 +235,7 @@ def predict(model, examples, batch_tokens=0, progress=""):
 
     progress: what to write before a progress bar; empty shows none."""
     config = model.config
-    if config.vocab_size < N_VOCAB:
+    if not has_gpt2_vocabulary(config):
         raise ValueError(
             f"the tokens are GPT-2's {N_VOCAB}, this model's vocabulary is {config.vocab_size}"
         )
@@ -331,6 +332,10 @@ def main():
     config = cli.parse(Config)
     if config.out:
         os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
+        if os.path.isdir(config.out):
+            raise ValueError(
+                f"--out {config.out} is a folder; name a file: {config.out}/score.json"
+            )
     items = load_items(config.data, config.limit, config.seed)
     device = pick_device(config.device)
     model = GPT.from_checkpoint(config.checkpoint).to(device)

@@ -279,7 +279,7 @@ def read_config(folder):
         return GPTConfig(**fields), layout
     except KeyError as error:
         raise ValueError(f"{folder}: config.json lacks {error}") from None
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}: config.json has a value of a wrong type: {error}") from None
 
 
@@ -354,6 +354,42 @@ def check_whole(path):
             pass
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+class Tokenizer:
+    """The vocabulary of a Hugging Face folder or hub name that is not GPT-2's: tokenizer.json.
+
+    eot is the end-of-text id of its config.json. ValueError when it has none."""
+
+    def __init__(self, checkpoint):
+        try:
+            import tokenizers
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                f"the vocabulary of {checkpoint} is not GPT-2's: pip install tokenizers"
+            ) from None
+        path, config = (Path(checkpoint) / name for name in ("tokenizer.json", "config.json"))
+        if not Path(checkpoint).is_dir():
+            path = hub_download(str(checkpoint), path.name, None, "model", None, read_json, OFFLINE)
+            config = Path(path).with_name("config.json")
+        elif not path.is_file():
+            raise ValueError(
+                f"the vocabulary of {checkpoint} is not GPT-2's, and its ids mean nothing without "
+                f"its own: put its tokenizer.json into that folder"
+            )
+        read_json(path)  # whose error is one line
+        eot = read_json(config).get("eos_token_id")
+        self.eot = eot[0] if isinstance(eot, list) and eot else eot
+        try:
+            self.vocabulary = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no other kind
+            raise ValueError(f"{path} is no tokenizer: {error}") from None
+
+    def encode(self, text, **_):
+        return self.vocabulary.encode(text).ids
+
+    def decode(self, ids):
+        return self.vocabulary.decode(ids)
 
 
 # ---------------------------------------------------------------------------------------------

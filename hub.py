@@ -5,15 +5,18 @@ retries that say what they wait for, and one line at the end that names the way 
 
 import errno
 import fnmatch
+import hashlib
 import os
 import random
 import re
+import socket
 import sys
 import time
 
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 BACKOFF_SECONDS, TRIES = 1.0, 6  # waits of 1, 2, 4, 8, 16 seconds (plus jitter)
 OFFLINE = "without a network use --source pydocs or a local file or folder"
+answered = False  # whether the hub has answered this process
 
 
 def hub_files(repo, suffix, subset=""):
@@ -45,13 +48,15 @@ def hub_download(
 ):
     """Download one file of a hub repo and return its path.
 
-    Tries again, ever later, after 408, 429, 5xx, a lost connection or a truncated file, and says
+    Tries again, ever later, after 408, 429, 5xx, a lost connection or a damaged file, and says
     on stderr what it waits for. folder: lands at folder/filename; None: in the hub's cache, and
     is not asked for again. check(path) raises ValueError when the file is not whole. In the end
     ValueError; it names `offline`, what to do without a network.
     """
     import huggingface_hub as hub
 
+    if os.path.isabs(filename) or ".." in re.split(r"[/\\]", filename):
+        raise ValueError(f"{repo} lists {filename}, which lies outside its folder: not fetched")
     where = {"repo_type": repo_type, "revision": revision}
     if folder is None:
         cached = hub.try_to_load_from_cache(repo, filename, **where)
@@ -60,9 +65,10 @@ def hub_download(
 
     def attempt():
         # the client reports an unreachable hub as a cache miss; this asks openly
-        hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename, **where))
+        about = hub.get_hf_file_metadata(hub.hf_hub_url(repo, filename, **where))
         path = hub.hf_hub_download(repo, filename, local_dir=folder, **where)
         try:
+            check_hash(path, about.etag or "")
             if check:
                 check(path)
         except ValueError:
@@ -73,16 +79,38 @@ def hub_download(
     return with_retries(f"{filename} of {repo}", attempt, offline)
 
 
+def check_hash(path, etag):
+    """ValueError if a file is not what its ETag says: the hub's is the sha256 of a large file, of
+    a small one git's sha1. The client itself compares sizes only."""
+    algorithm = {64: "sha256", 40: "sha1"}.get(len(etag))
+    if not algorithm:
+        return
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    if algorithm == "sha1":
+        digest.update(b"blob %d\0" % os.path.getsize(path))
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != etag:
+        raise ValueError(f"damaged on the way: its {algorithm} is not {etag}")
+
+
 def with_retries(what, call, offline=OFFLINE):
-    """call(), again after exponential back-off with jitter while its failure may pass."""
+    """call(), again after exponential back-off with jitter while its failure may pass. A hub that
+    was never reached is given up at once: most likely there is no network."""
+    global answered
     for tries in range(1, TRIES + 1):
         try:
-            return call()
+            result = call()
+            answered = True
+            return result
         except Exception as error:  # the client's network errors share no base class
             response, problem = getattr(error, "response", None), first_line(error)
             status = getattr(response, "status_code", None)
             lasting = type(error).__name__ == "OfflineModeIsEnabled"
             lasting |= getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES)
+            lasting |= not answered and unreachable(error)
+            answered |= bool(status)
             if status:
                 lasting = status < 500 and status not in (408, 429)
             if lasting or tries == TRIES:
@@ -94,6 +122,13 @@ def with_retries(what, call, offline=OFFLINE):
             note = f"{what}: {problem}; try {tries + 1} of {TRIES} in {wait:.1f} s"
             print(note, file=sys.stderr)
             time.sleep(wait)
+
+
+def unreachable(error):
+    """Whether the cause is that there is no such host, or nobody listens there."""
+    while error and not isinstance(error, socket.gaierror | ConnectionRefusedError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def first_line(error):

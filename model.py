@@ -958,12 +958,12 @@ class GPT(nn.Module):
         """Load a step folder, a run folder (its latest step), a Hugging Face folder or hub name."""
         folder = Path(path)
         if (folder / "latest").is_file():
-            folder = folder / (folder / "latest").read_text().strip()
+            folder = latest_step(folder)
         if not folder.is_dir():
             if folder.exists():
                 raise ValueError(f"{path} is a file; give the folder that holds model.safetensors")
             if len(folder.parts) > 2 or (len(folder.parts) == 2 and folder.parent.is_dir()):
-                raise ValueError(f"no checkpoint folder {path}")
+                raise ValueError(f"no checkpoint folder {folder}")
             return cls.from_pretrained(str(path))
         config = read_json(folder / "config.json")
         if "model" not in config:
@@ -976,10 +976,11 @@ class GPT(nn.Module):
         unknown = sorted(set(config["model"]) - known)
         if unknown:
             raise ValueError(f"{folder} is of another version: it sets {', '.join(unknown)}")
-        try:
-            model = cls.empty(GPTConfig(**config["model"]))
-        except TypeError as error:  # a text where a number belongs
-            raise ValueError(f"{folder}/config.json: {error}") from None
+        for name, value in config["model"].items():
+            kind = type(getattr(GPTConfig, name))
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{folder}/config.json: {name} is {value!r}, not {kind.__name__}")
+        model = cls.empty(GPTConfig(**config["model"]))
         return model.load_weights(read_safetensors(folder / "model.safetensors"), folder)
 
     @classmethod
@@ -1013,6 +1014,10 @@ class GPT(nn.Module):
             if w.shape != own[name].shape:
                 have, want = tuple(w.shape), tuple(own[name].shape)
                 raise ValueError(f"{origin}: {name} has shape {have}, the config asks for {want}")
+            if not w.isfinite().all():
+                raise ValueError(
+                    f"{origin}: {name} holds nan or infinity; take an older checkpoint"
+                )
         self.load_state_dict(weights)
         return self
 
@@ -1034,14 +1039,24 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def latest_step(run):
+    """The step folder that run/latest names."""
+    name = (run / "latest").read_text(errors="replace").strip()
+    if not name.startswith("step_") or not name.isprintable() or Path(name).name != name:
+        raise ValueError(f"{run}/latest names no step folder: {name[:40]!r}")
+    return run / name
+
+
 def read_json(path):
     """The object in a JSON file, as a dict; ValueError when there is none."""
+    from cli import pointer_hint
+
     try:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise ValueError(f"no {path}: give a step, run or Hugging Face folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}{pointer_hint(path)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object but {str(content)[:40]}")
     return content
@@ -1051,12 +1066,15 @@ def read_safetensors(path):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from cli import pointer_hint
+
     if not os.path.exists(path):
         raise ValueError(f"no {path}; weights load from safetensors files only")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        hint = pointer_hint(path)
+        raise ValueError(f"{path} is not a whole safetensors file: {error}{hint}") from None
 
 
 # ----------------------------------------------------------------------------- where it runs

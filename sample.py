@@ -12,7 +12,8 @@ import torch
 from tyro.conf import Positional
 
 import cli
-from fineweb import EOT, get_tokenizer
+from fineweb import EOT, get_tokenizer, has_gpt2_vocabulary
+from hf import Tokenizer
 from model import GPT, autocast, pick_device, pick_dtype
 
 
@@ -49,12 +50,19 @@ class SampleConfig:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
-def sample(model, prompt, config):
+def sample(model, prompt, config, own=None):
     """Continue a prompt -> a list of num_samples texts, the prompt left out.
 
-    Tokens after a sample's end-of-text token are not part of it."""
-    tokenizer, device = get_tokenizer(), next(model.parameters()).device
-    ids = tokenizer.encode(prompt, allowed_special="all") or [EOT]
+    Tokens after a sample's end-of-text token are not part of it. own: the model's hf.Tokenizer,
+    if its vocabulary is not GPT-2's."""
+    tokenizer, eot = (own, own.eot) if own else (get_tokenizer(), EOT)
+    device = next(model.parameters()).device
+    ids = tokenizer.encode(prompt, allowed_special="all") or [0 if eot is None else eot]
+    if max(ids) >= model.config.vocab_size:
+        raise ValueError(
+            f"the prompt has id {max(ids)}, the model's vocabulary is {model.config.vocab_size}: "
+            f"the tokenizer is not its own"
+        )
     new = config.max_new_tokens
     if not model.transformer.wpe.extrapolates:
         room = model.config.block_size - len(ids)
@@ -75,12 +83,15 @@ def sample(model, prompt, config):
     fast = decoder(model, dtype, config.num_samples) if config.dtype == "auto" else None
     with autocast(device, dtype):
         for token in model.stream(idx, new, *options, generator=generator, decoder=fast):
-            ended |= token == EOT
+            ended |= token == (-1 if eot is None else eot)
             if ended.all():
                 break
             columns.append(token)
     rows = torch.stack(columns, dim=1).tolist() if columns else [[]] * config.num_samples
-    return [tokenizer.decode(row[: row.index(EOT)] if EOT in row else row) for row in rows]
+    rows = [row[: row.index(eot)] if eot in row else row for row in rows]
+    # decoded with the prompt: alone, some tokenizers drop a text's first space
+    begin = len(tokenizer.decode(ids))
+    return [tokenizer.decode(ids + row)[begin:] for row in rows]
 
 
 def decoder(model, dtype, rows):
@@ -94,7 +105,8 @@ def decoder(model, dtype, rows):
 def main():
     config = cli.parse(SampleConfig)
     model = GPT.from_checkpoint(config.checkpoint).to(pick_device(config.device)).eval()
-    for text in sample(model, config.prompt, config):
+    own = None if has_gpt2_vocabulary(model.config) else Tokenizer(config.checkpoint)
+    for text in sample(model, config.prompt, config, own):
         print(config.prompt + text)
         print("-" * 80)
 

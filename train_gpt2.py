@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import subprocess
@@ -29,8 +30,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cli
 import hellaswag
-from fineweb import N_VOCAB, get_tokenizer, load_shards, write_beside
-from model import GPT, GPTConfig, autocast, pick_device, pick_dtype, read_json, read_safetensors
+from fineweb import N_VOCAB, check_ids, get_tokenizer, load_shards, write_beside
+from model import (
+    GPT,
+    GPTConfig,
+    autocast,
+    latest_step,
+    pick_device,
+    pick_dtype,
+    read_json,
+    read_safetensors,
+)
 
 PEAK_FLOPS = {  # dense bf16 tensor-core peak, from the makers' data sheets
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12,
@@ -184,6 +194,25 @@ def keep_freed_memory():
         libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow the heap by 256 MB at a time
 
 
+def read_state(path, device):
+    """What torch.save wrote, tensors and plain values only; ValueError for anything else."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no whole training state: {reason}") from None
+
+
+def refuse_conflicts(given, loaded, init_from):
+    """ValueError where flags ask for another architecture than the loaded checkpoint has."""
+    for name, default in asdict(GPTConfig()).items():
+        wish, has = getattr(given, name), getattr(loaded, name)
+        if wish not in (default, has):
+            raise ValueError(
+                f"--init_from {init_from} brings {name} {has}, not {wish}: leave --{name} out"
+            )
+
+
 # ----------------------------------------------------------------------------- data
 
 
@@ -227,6 +256,8 @@ class Windows:
             s = int(np.searchsorted(self.starts, begin, side="right")) - 1
             while filled < len(row):  # a window may run on into the next shards
                 piece = self.shards[s][max(0, begin - self.starts[s]) : end - self.starts[s]]
+                if len(piece) and piece.max() >= N_VOCAB:
+                    check_ids(piece.filename, self.shards[s])  # says where
                 row[filled : filled + len(piece)] = piece
                 filled, s = filled + len(piece), s + 1
         rows = torch.from_numpy(rows)
@@ -309,6 +340,8 @@ class Trainer:
         )
         self.model.to(self.device).train()
         self.model_config = self.model.config
+        if config.init_from:
+            refuse_conflicts(model_config, self.model_config, config.init_from)
 
         c = self.model_config
         if c.attention_kernel == "flex" and self.device.type != "cuda":
@@ -519,8 +552,11 @@ class Trainer:
             raise ValueError(f"{run} already holds a run; choose another --run_dir")
         if "latest" not in begun:
             return 0
-        folder = run / (run / "latest").read_text().strip()
+        folder = latest_step(run)
         saved = read_json(folder / "config.json")
+        lacks = {"model", "train", "step", "data_tokens"} - saved.keys()
+        if lacks:
+            raise ValueError(f"{folder} is of another version: it lacks {', '.join(sorted(lacks))}")
         now = asdict(self.model_config) | {
             "seed": self.config.seed, "total_batch_tokens": self.config.total_batch_tokens,
             "data_tokens": self.train.tokens,
@@ -533,7 +569,7 @@ class Trainer:
                     f"use that value, or choose another --run_dir"
                 )
         self.model.load_weights(read_safetensors(folder / "model.safetensors"), folder)
-        state = torch.load(folder / "train_state.pt", map_location=self.device, weights_only=True)
+        state = read_state(folder / "train_state.pt", self.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         return saved["step"]

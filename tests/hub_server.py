@@ -11,6 +11,7 @@ A key of `repos` is OWNER/NAME or NAME for a model, with "datasets/" before it f
     "drop"               half of the body, then the connection closes
     "truncate"           half of the body as if it were all of it
     "damage"             the right length, but zeros
+    b"..."               these bytes instead
     None                 served well
 """
 
@@ -123,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
             data, status = data[first : last + 1], 206
         if fault == "damage":
             data = bytes(len(data))
+        if isinstance(fault, bytes):
+            data = fault
         if fault == "truncate":
             data = data[: len(data) // 2]
         self.reply(status, data, extra, send=len(data) // 2 if fault == "drop" else None)

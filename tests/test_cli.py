@@ -156,10 +156,6 @@ def test_an_unknown_flag_names_the_closest(flag, nearest, capsys):
     assert flag.split("=")[0] in err and f"did you mean {nearest}?" in err
 
 
-def test_an_unknown_flag_like_nothing_points_to_help(capsys):
-    assert "--help" in refused(capsys, "--zzzzqqqq=3")
-
-
 def test_an_unknown_name_in_a_config_names_the_file_and_the_closest(tmp_path, capsys):
     path = toml(tmp_path, "c.toml", "n_layers = 3")
     err = refused(capsys, path)
@@ -210,36 +206,10 @@ def test_a_config_that_is_not_toml_is_named(text, tmp_path, capsys):
     assert path in refused(capsys, path)
 
 
-def test_a_config_that_is_not_text_missing_or_a_folder_is_named(tmp_path, capsys):
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    for name in ("binary.toml", "missing.toml", "."):
-        assert str(tmp_path / name) in refused(capsys, str(tmp_path / name))
-
-
-@pytest.mark.parametrize("text", ["[n_layer]\na = 1", "n_layer = [1, 2]", "n_layer.x = 1"])
-def test_tables_and_lists_in_a_config_are_refused(text, tmp_path, capsys):
-    path = toml(tmp_path, "c.toml", text)
-    err = refused(capsys, path)
-    assert path in err and "n_layer" in err
-
-
 @pytest.mark.parametrize("classes", [(Model,), (Model, Train)])
 def test_a_combination_the_dataclass_refuses_is_one_line(classes, capsys):
     err = refused(capsys, "--n_layer=7", "--n_head=2", classes=classes)
     assert "n_layer 7 is not a multiple of n_head 2" in err
-
-
-def test_a_positional_argument_nobody_asked_for_is_refused(capsys):
-    assert "stray" in refused(capsys, "stray", configs=False)
-
-
-def test_every_script_refuses_gpt_configs_own_errors(capsys):
-    from model import GPTConfig
-
-    err = refused(capsys, "--n_head=5", classes=(GPTConfig,))
-    assert "n_embd 768" in err and "n_head 5" in err
-    err = refused(capsys, "--pos=rop", classes=(GPTConfig,))
-    assert "learned" in err and "rope" in err and "none" in err
 
 
 # ----------------------------------------------------------------------------- help

@@ -48,19 +48,3 @@ def test_the_command_draws_a_png_and_prints_the_table(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "8.2500" in done.stdout
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [("{oops\n", "line 1 is not JSON"), ('{"step": 0, "val_loss": 3}\n', "no start entry")],
-)
-def test_a_log_that_is_none_is_one_line(tmp_path, text, words):
-    (tmp_path / "log.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=words) as error:
-        compare.read_log(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_run_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="give the folder of a run"):
-        compare.read_log(tmp_path / "nope")

@@ -325,44 +325,6 @@ def test_all_local_sources_agree(tmp_path, reference):
         assert stream(tmp_path / f"out-{name}") == expected_ids(texts, reference), name
 
 
-@pytest.mark.parametrize(
-    "name, data, message",
-    [
-        ("a.jsonl", b'{"text": "fine"}\n{"txt": "no"}\n', "line 2"),
-        ("a.jsonl", b'{"text": "fine"}\n{"text"', "line 2"),
-        ("a.jsonl", b'{"text": 7}\n', "record 0"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 99)[:-20], "a.jsonl.gz"),
-        ("a.jsonl.gz", b"not gzip", "a.jsonl.gz"),
-        ("a.jsonl.zst", b"not zstd", "a.jsonl.zst"),
-        ("a.parquet", b"PAR1 no parquet PAR1", "a.parquet"),
-        ("a.csv", b"text\nhello\n", "jsonl"),
-    ],
-)
-def test_bad_sources_end_in_one_line(tmp_path, name, data, message):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=message) as caught:
-        run("--source", tmp_path / name, "--out", tmp_path / "out")
-    assert "\n" not in str(caught.value)
-
-
-def test_parquet_without_text_column(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"no 'text' column.*body"):
-        run("--source", tmp_path / "a.parquet", "--out", tmp_path / "out")
-
-
-def test_missing_source_and_bad_flags(tmp_path):
-    with pytest.raises(ValueError, match="no file, folder or hub dataset"):
-        run("--source", tmp_path / "nothing.jsonl", "--out", tmp_path / "out")
-    for flag in ("--max_tokens", "--val_tokens", "--shard_tokens"):
-        with pytest.raises(SystemExit) as stop:
-            run("--source", "x/y", "--out", tmp_path / "out", flag, -1)
-        assert stop.value.code == 2
-
-
 def test_reading_never_runs_ahead(monkeypatch):
     monkeypatch.setattr(fineweb, "BATCH_CHARS", 200)  # two documents a batch
     pulled = 0
@@ -558,26 +520,16 @@ def test_finished_folder_and_changed_source(tmp_path, capsys, monkeypatch):
     assert tree_bytes(tmp_path / "out") == before
 
 
-def test_foreign_damaged_and_busy_folders_are_refused(tmp_path):
+def test_busy_folders_are_refused(tmp_path):
     import fcntl
 
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(30))
-    (tmp_path / "theirs").mkdir()
-    np.save(tmp_path / "theirs/edufineweb_train_000001.npy", np.zeros(4, dtype=np.uint16))
-    with pytest.raises(ValueError, match="not made by"):
-        run("--source", source, "--out", tmp_path / "theirs")
     run("--source", source, "--out", tmp_path / "out")
     handle = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(ValueError, match="another"):
         run("--source", source, "--out", tmp_path / "out")
     os.close(handle)
-    os.truncate(tmp_path / "out/edufineweb_train_000001.npy", 300)
-    with pytest.raises(ValueError, match="truncated"):
-        run("--source", source, "--out", tmp_path / "out")
-    (tmp_path / "out/manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        run("--source", source, "--out", tmp_path / "out")
 
 
 # --- reading and info
@@ -599,47 +551,6 @@ def test_reader_takes_both_formats_and_other_names(tmp_path):
     (tmp_path / "edufineweb_train_000009.npy.tmp").write_bytes(b"half")
     assert [s.tolist() for s in fineweb.load_shards(str(tmp_path), "train")] == [[1, 2], [3, 4]]
     assert [s.tolist() for s in fineweb.load_shards(str(tmp_path), "val")] == [[5]]
-
-
-@pytest.mark.parametrize(
-    "name, write, message",
-    [
-        ("train.bin", lambda p: write_bin(p, [1, 2, 3], length=4), "truncated"),
-        ("train.bin", lambda p: write_bin(p, [1, 2, 3], length=2), "longer"),
-        ("train.bin", lambda p: write_bin(p, [1], magic=20240801, version=7), "magic 20240801"),
-        ("train.bin", lambda p: write_bin(p, [1], version=2), "version 2"),
-        ("train.bin", lambda p: write_bin(p, [], length=-1), "train.bin"),
-        ("train.bin", lambda p: p.write_bytes(b"short"), "truncated"),
-        ("train.npy", lambda p: p.write_bytes(b"not numpy at all"), "not a .npy"),
-        ("train.npy", lambda p: p.write_bytes(b""), "train.npy"),
-        ("train.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00\x08\x00{'a': ( "), "not a .npy"),
-        ("train.npy", lambda p: np.save(p, np.zeros(3, dtype=np.int32)), "int32"),
-        ("train.npy", lambda p: np.save(p, np.zeros((2, 2), dtype=np.uint16)), "1-D"),
-        ("train.npy", lambda p: np.save(p, np.zeros(0, dtype=np.uint16)), "no tokens"),
-        ("train.npy", lambda p: np.save(p, np.array([{}]), allow_pickle=True), "object"),
-        (
-            "train.npy",
-            lambda p: (np.save(p, np.zeros(99, dtype=np.uint16)), os.truncate(p, 200)),
-            "truncated",
-        ),
-    ],
-)
-def test_bad_shards_are_named(tmp_path, name, write, message):
-    write(tmp_path / name)
-    for read in (
-        lambda: fineweb.load_shards(str(tmp_path), "train"),
-        lambda: run("info", tmp_path),
-    ):
-        with pytest.raises(ValueError, match=message) as caught:
-            read()
-        assert name in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_missing_folder_and_split_hint_at_the_command(tmp_path):
-    write_bin(tmp_path / "x_val_0.bin", [1])
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(ValueError, match=r"python fineweb\.py"):
-            fineweb.load_shards(str(folder), "train")
 
 
 def test_info_counts_and_finds_bad_ids(tmp_path, capsys):

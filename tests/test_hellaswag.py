@@ -363,42 +363,6 @@ def test_limit_samples_the_whole_file(tmp_path):
     assert len(load_items(path, 200)) == len(load_items(path, 10**6)) == 200
 
 
-BAD_LINES = {
-    "{not json": "line 2 is not JSON",
-    "[1, 2]": r"line 2: not an item but \[1, 2\]",
-    json.dumps({k: v for k, v in item().items() if k not in ("ctx_b", "ind")}): (
-        "line 2: no field ctx_b, ind"
-    ),
-    json.dumps(item(ctx=None)): "line 2: ctx is not a text: None",
-    json.dumps(item(endings=["a", "b", "c"])): "line 2: endings is not a list of four texts",
-    json.dumps(item(endings=["a", "b", "c", 4])): "line 2: endings is not a list of four texts",
-    json.dumps(item(endings="abcd")): "line 2: endings is not a list of four texts",
-    json.dumps(item(label=4)): "line 2: label 4 is none of 0, 1, 2, 3",
-    json.dumps(item(label="")): "line 2: label '' is none of 0, 1, 2, 3",
-    json.dumps(item(label=True)): "line 2: label True is none of 0, 1, 2, 3",
-}
-
-
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_data_errors_name_file_and_line(tmp_path, line):
-    path = tmp_path / "val.jsonl"
-    path.write_text(json.dumps(item()) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=rf"val\.jsonl, {BAD_LINES[line]}") as error:
-        load_items(str(path))
-    assert "\n" not in str(error.value)
-
-
-def test_damaged_files_are_one_line(tmp_path):
-    cases = {"empty.jsonl": b"\n", "latin.jsonl": b"\xff\xfe", "x.jsonl.gz": b"plain text"}
-    cases["cut.jsonl.gz"] = gzip.compress(json.dumps(item()).encode())[:-20]
-    cases["x.parquet"] = b"not parquet"
-    for name, data in cases.items():
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=re.escape(name)) as error:
-            load_items(str(tmp_path / name))
-        assert "\n" not in str(error.value)
-
-
 def parquet_bytes(tmp_path, records):
     """As the hub's file is: labels are texts, there are more columns."""
     import pyarrow as pa
@@ -425,16 +389,6 @@ def test_the_official_file_is_fetched_once(tmp_path, monkeypatch, capsys):
         assert len(sample) == 10 and sum(hub.requests.values()) == asked
     assert (tmp_path / "data/hellaswag" / name).read_bytes() == data
     assert load_items("", 10, 3) == sample  # the hub is gone
-
-
-def test_without_network_one_line_names_the_offline_way(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.001)
-    with serve({}) as hub:
-        point_client_at(hub.url, monkeypatch)
-    with pytest.raises(ValueError, match="--data FILE") as error:
-        load_items()
-    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -491,23 +445,6 @@ def test_command_of_one_protocol_and_a_sample(files, tmp_path, monkeypatch):
     result = json.loads(out.read_text())
     assert list(result) == ["n", "harness", "items"] and result["n"] == 5
     assert [i["ind"] for i in result["items"]] == [i["ind"] for i in load_items(data, 5, 3)]
-
-
-@pytest.mark.parametrize(
-    "flags, status, words",
-    [
-        (["--data", "absent.jsonl"], 1, "absent.jsonl"),
-        (["--protocol", "both!"], 2, "protocol"),
-        (["--limits", "3"], 2, "did you mean limit"),
-        (["--limit", "-1"], 2, "limit"),
-        (["--batch_tokens", "-1"], 2, "batch_tokens"),
-    ],
-)
-def test_command_errors_are_one_line(files, monkeypatch, capsys, flags, status, words):
-    with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, files[0], "--data", files[1], *flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == status and words in error and error.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------

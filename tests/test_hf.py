@@ -161,12 +161,6 @@ def test_what_this_model_cannot_be_is_refused_in_one_line(name, changes, words, 
     refusal(lambda: GPT.from_pretrained(tmp_path), *words)
 
 
-def test_a_missing_key_is_named(tmp_path):
-    their_model("llama").save_pretrained(tmp_path)
-    edit(tmp_path, drop=("rms_norm_eps",))
-    refusal(lambda: GPT.from_pretrained(tmp_path), "config.json lacks 'rms_norm_eps'")
-
-
 def test_shards_are_read_and_a_bad_index_is_refused(tmp_path):
     theirs = their_model("llama")
     theirs.save_pretrained(tmp_path, max_shard_size="10KB")
@@ -178,14 +172,6 @@ def test_shards_are_read_and_a_bad_index_is_refused(tmp_path):
     for index in ("{}", "[]", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": 3}'):
         (tmp_path / "model.safetensors.index.json").write_text(index)
         refusal(lambda: GPT.from_pretrained(tmp_path), "index.json")
-
-
-def test_pickled_weights_are_refused_in_one_line(tmp_path):
-    theirs = their_model("gpt2")
-    theirs.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    refusal(lambda: GPT.from_pretrained(tmp_path), "model.safetensors", "safetensors files only")
 
 
 def test_half_precision_weights_become_fp32(tmp_path):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import cli
 import sample as s
 from fineweb import get_tokenizer
 from model import GPT, GPTConfig
@@ -182,25 +181,3 @@ def test_the_script_prints_the_samples_of_a_run_folder(checkpoint):
     assert texts.pop() == "" and len(texts) == 3
     for text in texts:
         assert text.startswith("hi") and len(text) == 11 and set(text[2:]) <= set("abc")
-
-
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        (["--prompt", "word " * 50], ["51 tokens", "32"]),
-        (["--top_p", "0"], ["top_p is 0"]),
-        (["--temperature", "-1"], ["temperature"]),
-        (["--num_samples", "0"], ["num_samples is 0"]),
-        (["--max_token", "5"], ["--max_token", "max_new_tokens"]),
-        (["--device", "toaster"], ["toaster"]),
-        (None, ["no/such/folder"]),
-    ],
-)
-def test_bad_input_ends_in_one_line(checkpoint, capsys, monkeypatch, args, words):
-    args = ["no/such/folder"] if args is None else [str(checkpoint), *args]
-    monkeypatch.setattr(sys, "argv", ["sample.py", *args])
-    with pytest.raises(SystemExit) as stop:
-        cli.run(s.main)
-    err = capsys.readouterr().err
-    assert stop.value.code in (1, 2) and err.startswith("error: ") and err.count("\n") == 1
-    assert all(word in err for word in words), err

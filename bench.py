@@ -131,6 +131,7 @@ class Side:
 
     def round(self):
         units, seconds = self.ask("round")
+        self.start_up += 0 if self.rates else seconds  # the first may compile
         self.rates.append(units / seconds)
 
     def close(self):
@@ -182,7 +183,8 @@ def duel(config, metric, ours, peer=None, agree=lambda a, b: None, memory=False)
     peaks = [side.close() for side in sides]
     if memory:
         rows.append(row(config, "peak memory, GiB", *(peak / 2**30 for peak in peaks)))
-        rows.append(row(config, "start-up to ready, s", *(side.start_up for side in sides)))
+        start_ups = [side.start_up for side in sides]
+        rows.append(row(config, "start-up to the end of the first step, s", *start_ups))
     return rows
 
 
@@ -290,28 +292,55 @@ def train(config):
         tolerance = 1e-4 if pick_dtype(config.dtype, device) == torch.float32 else 2e-2
         agree = functools.partial(close_to, tolerance, "the loss of one batch")
         rows = duel(config, "tokens/s", we_train, peer, agree, memory=True)
+        upkeep = time_upkeep(config, rows[0]["ours"])
     flops = our_gpt(config).flops_per_token()
     rate = matrix_rate(config, device)
     shares = [flops * speed / rate for speed in (rows[0]["ours"], rows[0]["peer"]) if speed]
     rows.append(row(config, f"share of {rate / 1e12:.2f} TFLOP/s, the matrix rate", *shares))
-    return rows
+    return rows + upkeep
 
 
-def we_train(config):
-    trainer = train_gpt2.Trainer(
+def our_trainer(config):
+    tokens = config.micro_batch * config.block_size
+    return train_gpt2.Trainer(
         GPTConfig(**config.gpt),
         train_gpt2.TrainConfig(
             data_dir=config.data, device=config.device, dtype=config.dtype, compile=config.compile,
-            micro_batch=config.micro_batch, max_steps=10**6,
-            total_batch_tokens=config.micro_batch * config.micro_steps * config.block_size,
+            micro_batch=config.micro_batch, total_batch_tokens=tokens * config.micro_steps,
+            val_tokens=tokens, max_steps=10**6,
         ),
     )  # fmt: skip
+
+
+def we_train(config):
+    trainer = our_trainer(config)
     x, y = trainer.load(trainer.train, np.arange(config.micro_batch))
     with torch.no_grad(), trainer.autocast():
         yield trainer.model(x, y)[1].item()
     for step in itertools.count():
         trainer.step(step)
         yield trainer.config.total_batch_tokens
+
+
+def time_upkeep(config, rate):
+    """What else a run at `rate` tokens/s spends its time on -> result rows: reading batches, and
+    validation at train_gpt2.py's default intervals."""
+    config = dataclasses.replace(config, compile="false")
+    trainer, default = our_trainer(config), train_gpt2.TrainConfig()
+    size, loading, validating = trainer.config.total_batch_tokens, [], []
+    for step in range(config.rounds):
+        begin = time.perf_counter()
+        trainer.load(trainer.train, trainer.train.batch(step, trainer.batch_windows, seed=0))
+        loading.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        trainer.validate()
+        validating.append((time.perf_counter() - begin) / trainer.config.val_tokens)
+    validation = statistics.median(validating) * default.val_tokens
+    between = default.eval_every * default.total_batch_tokens / rate
+    return [
+        row(config, "reading a batch, share of a step", statistics.median(loading) * rate / size),
+        row(config, "validation, share of a run", validation / (validation + between)),
+    ]
 
 
 def peer_trains(config):

@@ -246,6 +246,27 @@ def test_predictions_equal_an_unbatched_loop(protocol, config):
     assert score["n"] == 8 and score["se"] == pytest.approx(math.sqrt(p * (1 - p) / 7))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(pos="alibi", window=6), dict(pos="rope", document_mask=True, n_kv_head=1),
+        dict(pos="fire", window=20, window_pattern="SL"),
+        dict(attention="linformer", linformer_segment=8, linformer_rank=2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_endings_that_share_a_context_score_as_whole_rows_do(config):
+    model = tiny(**config).eval()
+    examples = tokenize_items(random_items(5), "harness")
+    rows = [row for example in examples for row in example.rows]
+    rows += [row._replace(scored=1) for row in rows[:3]]  # a context of its own each
+    got = score_rows(model, set(rows), batch_tokens=300)
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        losses = F.cross_entropy(model(ids[:, :-1])[0][0], ids[0, 1:], reduction="none")
+        assert got[row] == pytest.approx(losses[-row.scored :].sum().item(), abs=2e-4)
+
+
 def test_batches_and_order_change_nothing():
     model, examples = tiny(), tokenize_items(random_items(6), "harness")
     rows = {row for example in examples for row in example.rows}

@@ -1,5 +1,6 @@
 """Encodings, kernels and attention variants against the papers' formulas; random combinations."""
 
+import copy
 import json
 import math
 import subprocess
@@ -178,6 +179,48 @@ def test_linformer_reads_its_whole_past_and_summaries_are_of_whole_past_segments
         proj.weight.data[:, 1] = 0  # the second token of every segment is left out
     grad = input_gradient(model, tokens(), 20)
     assert (grad[:, 1:20:4] == 0).all() and (grad[:, 0:20:4] > 0).all()
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize(("T", "window"), [(300, 40), (300, 299), (129, 128), (40, 1)])
+@pytest.mark.parametrize("pos", ["rope", "alibi", "fire"])
+def test_window_chunks_make_up_the_whole_mask(pos, T, window, document_mask):
+    model = build(tiny(pos=pos, window=window, document_mask=document_mask, block_size=T))
+    idx, places = tokens(T=T), torch.arange(T)
+    idx[1, T // 2] = END
+    whole = torch.full((2, 4, T, T), math.nan)
+    chunks, bias = model.masks(places, idx, None)[window], model.transformer.wpe.bias
+    for rows, keys, mask in chunks:
+        n = rows.stop - rows.start
+        whole[:, :, rows] = -math.inf
+        if mask is None:
+            assert (rows, n) == (keys, len(range(T)[keys]))
+            mask = torch.ones(n, n, dtype=torch.bool).tril()
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+        whole[:, :, rows, keys] = mask
+    away = places[:, None] - places
+    see = ((away >= 0) & (away < window)).expand(2, 1, T, T)
+    if document_mask:
+        document = (idx == END).cumsum(1)
+        see = see & (document[:, None, :, None] == document[:, None, None, :])
+    scores = bias(places, places) if pos != "rope" else torch.zeros(1, 1, 1)
+    want = torch.where(see, scores, -math.inf).expand(2, 4, T, T)
+    torch.testing.assert_close(whole, want)
+    # linear in T: no chunk meets more keys than its own and a window of those before
+    assert all(keys.stop - keys.start < window + rows.stop - rows.start for rows, keys, _ in chunks)
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_a_decoder_in_another_dtype_takes_over_after_the_prompt(pos):
+    model = build(tiny(pos=pos, window=9, document_mask=True))
+    fine, idx = copy.deepcopy(model).double(), tokens(T=12)
+    want = fine.generate(idx, 15, temperature=0, use_cache=False)
+    assert torch.equal(model.generate(idx, 15, temperature=0, decoder=fine), want)
+    coarse = copy.deepcopy(model)
+    for p in coarse.parameters():  # one that surely says something else shows that it is asked
+        p.data *= -1
+    assert not torch.equal(model.generate(idx, 15, temperature=0, decoder=coarse), want)
 
 
 def test_linformer_equals_attention_over_summaries_written_out():

@@ -1,0 +1,116 @@
+"""bench.py: both sides must agree before anything is timed, and the figures have DESIGN's form.
+
+The peer here is a stand-in with the peers' file names and signatures; the real ones are checkouts
+that a user gives as --peer."""
+
+import json
+import textwrap
+
+import pytest
+
+import bench
+import cli
+
+PEER = """
+    import torch, model
+    open({canary!r}, "w").write("the script's own work was run")
+
+    class GPTConfig(model.GPTConfig):
+        pass
+
+    class GPT(model.GPT):
+        def forward(self, idx, targets=None):
+            logits, _ = super().forward(idx)
+            if targets is None:
+                return logits, None
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return logits, loss + {error}
+
+        def configure_optimizers(self, decay, rate, *rest):
+            return torch.optim.AdamW(self.parameters(), lr=rate)
+
+    def get_most_likely_row(tokens, mask, logits):
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+        mask = mask[:, 1:]
+        return ((losses * mask).sum(1) / mask.sum(1)).argmin().item()
+"""
+RENDER = """
+    import torch
+    def render_example(example):
+        rows = [(enc.encode(example["ctx"]), enc.encode(" " + e)) for e in example["endings"]]
+        longest = max(len(c) + len(e) for c, e in rows)
+        pad = lambda row: row + [0] * (longest - len(row))
+        tokens = torch.tensor([pad(c + e) for c, e in rows])
+        mask = torch.tensor([pad([0] * len(c) + [1] * len(e)) for c, e in rows])
+        return None, tokens, mask, example["label"]
+"""
+SMALL = ["--n_layer=1", "--n_embd=64", "--block_size=64", "--rounds=1", "--dtype=float32"]
+
+
+@pytest.fixture
+def peer(tmp_path):
+    def make(error=0.0, script="train_gpt2.py", mark="hellaswag.py"):
+        folder = tmp_path / "peer"
+        folder.mkdir()
+        text = PEER.format(canary=str(tmp_path / "canary"), error=error)
+        (folder / mark).write_text(textwrap.dedent(RENDER))
+        (folder / script).write_text(textwrap.dedent(text))
+        return folder
+
+    return make
+
+
+def run(*argv):
+    config = cli.parse(bench.BenchConfig, argv=[*argv, *SMALL])
+    return bench.WORKS[config.work](config)
+
+
+def test_train_gives_rows_in_the_documented_form(peer, tmp_path, monkeypatch):
+    out = tmp_path / "train.json"
+    argv = ["bench.py", "train", f"--peer={peer()}", "--micro_batch=2", f"--out={out}", *SMALL]
+    monkeypatch.setattr("sys.argv", argv)
+    bench.main()
+    rows = json.loads(out.read_text())
+    keys = {"work", "metric", "ours", "peer", "ratio", "rounds", "machine", "versions"}
+    assert all(keys <= row.keys() and row["work"] == "train" for row in rows)
+    speed = rows[0]
+    assert speed["metric"] == "tokens/s" and speed["ratio"] == speed["ours"] / speed["peer"] > 0
+    assert speed["rounds"] == 1 and speed["versions"]["peer"] == "build-nanogpt"
+    assert [row["metric"].split()[0] for row in rows[1:]] == [
+        "peak", "start-up", "share", "reading", "validation",
+    ]  # fmt: skip
+    assert not (tmp_path / "canary").exists()  # only its imports, classes and functions were
+
+
+def test_sides_that_disagree_are_not_timed(peer, capsys):
+    with pytest.raises(ValueError, match=r"differ in the loss .* nothing was timed"):
+        run("train", f"--peer={peer(error=0.01)}", "--micro_batch=2")
+    assert "round" not in capsys.readouterr().out
+
+
+def test_hellaswag_and_generate_agree_with_the_stand_in(peer, tmp_path):
+    items = [
+        {
+            "ind": i, "activity_label": "Roofing", "ctx_a": "A man sits on a roof.", "ctx_b": "he",
+            "ctx": f"A man sits on roof {i}. he", "label": 3,
+            "endings": ["is using wrap.", "rips tiles off.", "holds a cube", "starts pulling up"],
+        }
+        for i in range(3)
+    ]  # fmt: skip
+    data = tmp_path / "items.jsonl"
+    data.write_text("\n".join(map(json.dumps, items)))
+    (row,) = run("hellaswag", f"--peer={peer()}", f"--data={data}", "--items=3")
+    assert row["metric"] == "items/s" and row["ours"] > 0 and row["peer"] > 0
+
+
+def test_a_folder_that_is_no_peer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no checkout of build-nanogpt or nanoGPT"):
+        bench.peer_name(bench.BenchConfig("train", peer=str(tmp_path)))
+
+
+def test_a_side_that_fails_says_why(peer):
+    folder = peer()
+    (folder / "train_gpt2.py").write_text("class GPTConfig: pass\n")
+    with pytest.raises(ValueError, match="peer_trains: "):
+        run("train", f"--peer={folder}", "--micro_batch=2")

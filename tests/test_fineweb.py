@@ -515,8 +515,9 @@ def test_resume_tokenises_only_what_is_missing(tmp_path, reference, monkeypatch)
     with pytest.raises(OSError):
         run(*flags)
     monkeypatch.setattr(fineweb, "write_shard", real)
-    encoded, encode = [], fineweb.encode
-    monkeypatch.setattr(fineweb, "encode", lambda text: (encoded.append(text), encode(text))[1])
+    encoded, encode = [], fineweb.encode_texts
+    spy = lambda texts, tokie: (encoded.extend(texts), encode(texts, tokie))[1]  # noqa: E731
+    monkeypatch.setattr(fineweb, "encode_texts", spy)
     run(*flags)
     ends = np.cumsum([1 + len(reference.encode_ordinary(t)) for t in texts])
     assert encoded == texts[int(np.searchsorted(ends, 1200, side="right")) :]

@@ -18,7 +18,7 @@ import numpy as np
 
 import fineweb
 
-SHARD_TOKENS, WORKERS = 4_000_000, 2
+SHARD_TOKENS, WORKERS = 10_000_000, 2
 
 
 def bench(peer, rounds, source="", tokenizer="tiktoken"):

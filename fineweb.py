@@ -250,7 +250,7 @@ def encode_plain(texts, tokie):
     # The look-ahead's effect: a run of whitespace before a word leaves its last character to the
     # next token. Cutting there first, by RE2, comes to the same.
     joined = pa.scalar(RS + RS.join(texts), pa.large_string())
-    run = f"({SPACE})({SPACE}[^{SPACE[1:]})"
+    run = f"({SPACE})({SPACE}[^{RS}{SPACE[1:]})"
     text = pc.replace_substring_regex(joined, run, rf"\1{US}\2").as_py()
     ids = get_fast_tokenizer().encode_to_numpy(text, allowed_special="all")
     ids = ids[ids != CUT]
@@ -664,7 +664,7 @@ def python_files():
 # Encoding
 
 
-def encode_source(records, workers, tokie):
+def encode_source(records, workers, tokie=None):
     """Records -> Batches in the same order, encoded by threads (tiktoken lets go of the GIL).
     At most 2 * workers + 1 batches exist at once, however long the source."""
     get_tokenizer(), get_fast_tokenizer()  # once, before the threads ask for them

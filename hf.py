@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tyro.conf import Positional
 
 import cli
-from fineweb import EOT, N_VOCAB, get_tokenizer, is_gpt2, vocabulary_files
+from fineweb import EOT, N_VOCAB, gpt2_json
 from hub import hub_download, with_retries
 from model import GPT, GPTConfig, read_json, read_safetensors
 
@@ -463,21 +463,10 @@ def write_config(config, kind, eot):
 def write_tokenizer(folder, block_size):
     """GPT-2's vocabulary: the ids of tiktoken's encode_ordinary, except that <|endoftext|> in a
     text is the end-of-text id unless split_special_tokens=True is passed."""
-    get_tokenizer()  # fetches the vocabulary, or says how to get it
-    cached, packaged = vocabulary_files()
-    files = cached if is_gpt2(cached) else packaged
-    vocab = json.loads(Path(files["encoder.json"]).read_text(encoding="utf-8"))
-    merges = Path(files["vocab.bpe"]).read_text(encoding="utf-8").split("\n")[1:-1]
-    name, bytewise = "<|endoftext|>", {"type": "ByteLevel", "add_prefix_space": False}
-    verbatim = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tokenizer = {  # vocab.json and merges.txt would do for GPT-2, but not beside a Mistral config
-        "version": "1.0",
-        "added_tokens": [{"id": EOT, "content": name, "special": True, **verbatim}],
-        "pre_tokenizer": bytewise | {"trim_offsets": True},
-        "decoder": bytewise | {"trim_offsets": True},
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
-    write_json(folder / "tokenizer.json", tokenizer)
+    name, verbatim = "<|endoftext|>", ("single_word", "lstrip", "rstrip", "normalized")
+    special = {"id": EOT, "content": name, "special": True, **dict.fromkeys(verbatim, False)}
+    # vocab.json and merges.txt would do for GPT-2, but not beside a Mistral config
+    write_json(folder / "tokenizer.json", gpt2_json([special]))
     about = dict.fromkeys(("bos_token", "eos_token", "unk_token"), name)
     about |= {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
     write_json(folder / "tokenizer_config.json", about)

@@ -3,6 +3,8 @@
 import ast
 import gzip
 import hashlib
+import importlib.metadata
+import itertools
 import json
 import os
 import random
@@ -156,6 +158,89 @@ def test_ids_equal_encode_ordinary_on_nasty_texts(tmp_path, reference):
     assert stream(tmp_path / "out") == expected_ids(NASTY, reference)
 
 
+RARE_SPACES = "\t\n\v\f\r \x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2003\u200a\u200b\u2028\u2029"
+RARE_SPACES += "\u202f\u205f\u3000\ufeff"
+ATOMS = [*RARE_SPACES, "'", "s", "r", "ll", "'ve", "1", "!", "é", "’", "中", "👍", "\u0301"]
+
+
+@pytest.fixture(params=["tiktoken", "tokie"])
+def fast(request, reference):
+    """Asserts that the fast encoder's ids are those of encode_ordinary, text by text."""
+    tokie = None
+    if request.param == "tokie":
+        pytest.importorskip("tokie")
+        tokie = fineweb.get_tokie()
+        assert tokie, "requirements-dev.txt pins the version that fineweb.py takes"
+
+    def check(texts):
+        for text, ids in zip(texts, fineweb.encode_texts(texts, tokie), strict=True):
+            if ids.tolist() != reference.encode_ordinary(text):
+                raise AssertionError(f"{text!r}: {ids.tolist()}")
+
+    return check
+
+
+def fuzzed(count, seed):
+    """Documents of words, of rare characters, and of both."""
+    rng = random.Random(seed)
+    for i in range(count):
+        atoms = [WORDS + [" "] * 30, ATOMS, WORDS + ATOMS][i % 3]
+        yield "".join(rng.choices(atoms, k=rng.randint(0, 120)))
+
+
+def test_fast_encoders_give_the_same_ids_on_nasty_texts(fast):
+    fast(NASTY)
+    fast([])
+    fast(["", "", "a"])
+    fast(["in \x1e\x1f marks", "\t's", "x  \u2003\vy"])
+
+
+def test_fast_encoders_give_the_same_ids_on_all_short_strings(fast):
+    # what a token is depends on the classes of neighbouring characters: here all threes of them
+    fast(["".join(three) for three in itertools.product(ATOMS, repeat=3)])
+
+
+@pytest.mark.parametrize(
+    "count", [3000, pytest.param(100_000, marks=pytest.mark.slow)]
+)  # fmt: skip
+def test_fast_encoders_give_the_same_ids_on_random_texts(fast, count):
+    fast(list(fuzzed(count, seed=count)))
+
+
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("context", ["a{0}b", "1{0}2 {0}!{0}", " {0}  {0}{0}\n", "'{0}s'"])
+def test_fast_encoders_give_the_same_ids_for_every_character(fast, context, step):
+    codes = [code for code in range(0, 0x110000, step) if not 0xD800 <= code < 0xE000]
+    fast([context.format(chr(code)) for code in codes])
+
+
+def test_shards_are_the_same_with_every_tokenizer(tmp_path):
+    pytest.importorskip("tokie")
+    source = write_jsonl(tmp_path / "a.jsonl", [*fuzzed(300, 1), *NASTY])
+    for name in ("tiktoken", "tokie", "auto"):
+        flags = ["--tokenizer", name, "--shard_tokens", 999]
+        run("--source", source, "--out", tmp_path / name, *flags)
+    whole = tree_bytes(tmp_path / "tiktoken")
+    assert tree_bytes(tmp_path / "tokie") == whole == tree_bytes(tmp_path / "auto")
+
+
+def test_tokie_is_optional_and_of_one_version(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(20))
+    for version in ("0.1.3", None):
+
+        def installed(name, version=version):
+            if version is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return version
+
+        monkeypatch.setattr(importlib.metadata, "version", installed)
+        fineweb.get_tokie.cache_clear()
+        with pytest.raises(ValueError, match="pip install tokie=="):
+            run("--source", source, "--out", tmp_path / "a", "--tokenizer", "tokie")
+        run("--source", source, "--out", tmp_path / f"b{version}")
+    fineweb.get_tokie.cache_clear()
+
+
 @pytest.mark.parametrize("run_of", [" ", "\n", " \n", "\u3000 ", "\t\x85"])
 def test_texts_that_stop_tiktoken(run_of, reference):
     # reference: tiktoken's own pattern takes all of the run but its last character in one piece
@@ -294,6 +379,155 @@ def test_max_tokens_is_exact(tmp_path, reference):
         out = tmp_path / f"out{limit}"
         run("--source", source, "--out", out, "--max_tokens", limit, "--shard_tokens", 250)
         assert stream(out) == ids[:limit]
+
+
+# --- parts
+
+
+@pytest.fixture
+def many_files(tmp_path):
+    """A folder of five files, and the texts of each in the order of their names."""
+    texts = [make_texts(30, seed) for seed in range(5)]
+    (tmp_path / "many").mkdir()
+    for i, some in enumerate(texts):
+        write_jsonl(tmp_path / f"many/{i}.jsonl", some)
+    return tmp_path / "many", texts
+
+
+def run_part(part, source, out, **more):
+    more = dict(shard_tokens=300, val_tokens=100) | more
+    flags = [x for name, value in more.items() for x in (f"--{name}", value)]
+    run("--source", source, "--out", out, "--part", part, *flags)
+
+
+def documents(ids):
+    """Token ids -> the sorted documents that begin at the 50256s."""
+    cuts = [i for i, t in enumerate(ids) if t == 50256] + [len(ids)]
+    assert cuts[0] == 0
+    return sorted(tuple(ids[a:b]) for a, b in itertools.pairwise(cuts))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_parts_hold_what_the_whole_holds(tmp_path, many_files, reference, count, capsys):
+    source, texts = many_files
+    for i in reversed(range(1, count + 1)):  # part 1 with the val shard comes last
+        run_part(f"{i}/{count}", source, tmp_path / "out")
+    split = {s: fineweb.load_shards(str(tmp_path / "out"), s) for s in ("val", "train")}
+    val, train = (np.concatenate(split[s]).tolist() for s in ("val", "train"))
+    order = [j for i in range(count) for j in range(i, 5, count)]  # by part, then by file
+    assert val + train == expected_ids(flat(texts[j] for j in order), reference)
+    assert documents(val + train) == documents(expected_ids(flat(texts), reference))
+    assert val == expected_ids(texts[0], reference)[:100]
+    run("info", tmp_path / "out")
+    assert f"all   {len(val + train):,} tokens, 150 documents" in capsys.readouterr().out
+    assert not [n for n in os.listdir(tmp_path / "out") if not n.endswith((".npy", ".json"))]
+
+
+def test_parts_share_max_tokens(tmp_path, many_files):
+    for i in (1, 2, 3):
+        run_part(f"{i}/3", many_files[0], tmp_path / "out", max_tokens=2000)
+    sizes = dict.fromkeys((1, 2, 3), 0)
+    for name, ids in shards(tmp_path / "out"):
+        sizes[int(name.split("_part")[1][:3])] += len(ids)
+    assert sizes == {1: 667, 2: 667, 3: 666}
+
+
+def test_incomplete_unions_are_refused(tmp_path, many_files):
+    source, out = many_files[0], tmp_path / "out"
+
+    def refused(message):
+        for read in (
+            lambda: fineweb.load_shards(str(out), "train"),
+            lambda: fineweb.load_shards(str(out), "val"),
+            lambda: run("info", out),
+        ):
+            with pytest.raises(ValueError, match=message) as caught:
+                read()
+            assert "\n" not in str(caught.value)
+
+    run_part("1/3", source, out)
+    refused("part 2/3 is missing, part 3/3 is missing; run .*--part")
+    run_part("3/3", source, out)
+    refused("part 2/3 is missing")
+    run_part("2/3", source, out)
+    fineweb.load_shards(str(out), "train")
+
+    path = out / "manifest_part002of003.json"
+    whole, manifest = path.read_text(), json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"done": False}))
+    refused("part 2/3 is unfinished")
+    manifest["settings"]["format"] = "bin"
+    path.write_text(json.dumps(manifest))
+    refused("parts 1 and 2 differ")
+    path.write_text("{")
+    refused(r"manifest_part002of003\.json is damaged")
+    path.unlink()
+    refused("part 2/3 is missing")
+    path.write_text(whole)
+    shard = out / "edufineweb_train_part002of003_000001.npy"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-2])
+    refused_train = pytest.raises(ValueError, match=r"part002of003_000001\.npy is truncated")
+    with refused_train:
+        fineweb.load_shards(str(out), "train")
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"part 2/3 has lost .*part002of003_000001\.npy"):
+        fineweb.load_shards(str(out), "val")
+    with pytest.raises(ValueError, match="gone or altered"):
+        run_part("2/3", source, out)
+    shard.write_bytes(data)
+    fineweb.load_shards(str(out), "train")
+    shutil.copy(out / "manifest_part003of003.json", out / "manifest_part003of004.json")
+    refused("mixes shards of runs in 3, 4 parts")
+
+
+def test_a_part_fits_its_folder_or_is_refused(tmp_path, many_files):
+    source, out = many_files[0], tmp_path / "out"
+    run_part("1/2", source, out)
+    before = tree_bytes(out)
+    other = write_jsonl(tmp_path / "other.jsonl", ["other"])
+    for part, message, change in [
+        ("1/3", "--part 1/2, not 1/3", {}),
+        ("2/3", "--part 1/2, not 2/3", {}),
+        ("2/2", "--shard_tokens 300, not 400", {"shard_tokens": 400}),
+        ("2/2", "--format npy, not bin", {"format": "bin"}),
+        ("2/2", "changed since", {"source": other}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run_part(part, out=out, **({"source": source} | change))
+        assert tree_bytes(out) == before
+    with pytest.raises(ValueError, match="--part 1/2, not"):
+        run("--source", source, "--out", out, "--shard_tokens", 300, "--val_tokens", 100)
+    run("--source", source, "--out", tmp_path / "whole")
+    with pytest.raises(ValueError, match="--part"):
+        run_part("1/2", source, tmp_path / "whole", shard_tokens=100_000_000, val_tokens=0)
+    for bad in ("0/2", "3/2", "1", "1/0", "-1/2", "a/b"):
+        with pytest.raises(ValueError, match="--part must be I/N"):
+            fineweb.Config(part=bad)
+
+
+def test_a_killed_part_continues_byte_for_byte(tmp_path, many_files):
+    source, code = many_files[0], KILLER.format(root=str(ROOT))
+    for i in (1, 2):
+        run_part(f"{i}/2", source, tmp_path / "whole")
+    for i, nth, moment in ((2, 4, "before"), (1, 3, "after")):
+        flags = ["--source", source, "--shard_tokens", "300", "--val_tokens", "100"]
+        flags += ["--part", f"{i}/2", "--out", tmp_path / "out"]
+        killed = [sys.executable, "-c", code, str(nth), moment, *flags]
+        assert subprocess.run(killed, capture_output=True).returncode == -signal.SIGKILL
+    for i in (1, 2):
+        run_part(f"{i}/2", source, tmp_path / "out")
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "whole")
+
+
+def test_parts_run_at_the_same_time(tmp_path, many_files):
+    command = [sys.executable, ROOT / "fineweb.py", "--source", many_files[0]]
+    command += ["--shard_tokens", "300", "--val_tokens", "100", "--out", tmp_path / "out", "--part"]
+    at_once = [subprocess.Popen([*command, f"{i}/3"], stderr=subprocess.DEVNULL) for i in (1, 2, 3)]
+    assert [process.wait() for process in at_once] == [0, 0, 0]
+    for i in (1, 2, 3):
+        run_part(f"{i}/3", many_files[0], tmp_path / "apart")
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "apart")
 
 
 # --- sources
@@ -477,8 +711,9 @@ def test_resume_tokenises_only_what_is_missing(tmp_path, reference, monkeypatch)
     with pytest.raises(OSError):
         run(*flags)
     monkeypatch.setattr(fineweb, "write_shard", real)
-    encoded, encode = [], fineweb.encode
-    monkeypatch.setattr(fineweb, "encode", lambda text: (encoded.append(text), encode(text))[1])
+    encoded, encode = [], fineweb.encode_texts
+    spy = lambda texts, tokie: (encoded.extend(texts), encode(texts, tokie))[1]  # noqa: E731
+    monkeypatch.setattr(fineweb, "encode_texts", spy)
     run(*flags)
     ends = np.cumsum([1 + len(reference.encode_ordinary(t)) for t in texts])
     assert encoded == texts[int(np.searchsorted(ends, 1200, side="right")) :]
@@ -677,6 +912,21 @@ def test_hub_subsets(tmp_path, client, reference):
         assert sum(hub.requests[line] for line in hub.requests if "me/gone" in line) == 1
 
 
+def test_hub_parts_fetch_only_their_files(tmp_path, client, reference):
+    texts, files = parquet_repo(tmp_path, 4)
+    with serve({f"datasets/{FINEWEB}": files}) as hub:
+        client(hub)
+        for i in (2, 1):
+            hub.requests.clear()
+            run("--out", tmp_path / "out", "--part", f"{i}/2", "--shard_tokens", 500)
+            fetched = [hub.count("GET", f"{j:03d}_00000.parquet") for j in range(4)]
+            assert fetched == [int(j % 2 == i - 1) for j in range(4)]
+            # the second part keeps to the revision of the first, and need not ask for one
+            assert any("/api/datasets" in line for line in hub.requests) == (i == 2)
+    ids = [i for s in ("val", "train") for x in fineweb.load_shards(tmp_path / "out", s) for i in x]
+    assert ids == expected_ids(flat([texts[j] for j in (0, 2, 1, 3)]), reference)
+
+
 def test_hub_gives_up_with_one_line(tmp_path, client):
     _, files = parquet_repo(tmp_path, 1)
     with serve({f"datasets/{FINEWEB}": files}, {"HEAD 000_00000.parquet": [503] * 50}) as hub:
@@ -762,6 +1012,13 @@ def test_pretokenized(tmp_path, client):
         run("--pretokenized", "me/ready", "--out", tmp_path / "all")
         assert not hub.requests
         assert not (tmp_path / "all/downloads").exists()
+
+
+def test_pretokenized_refuses_settings_that_it_would_ignore():
+    ignored = dict(format="bin", val_tokens=5, shard_tokens=5, part="1/2", source="x", name="y")
+    for name, value in ignored.items():
+        with pytest.raises(ValueError, match=f"--{name} has no effect"):
+            fineweb.Config(pretokenized="me/ready", **{name: value})
 
 
 def test_pretokenized_foreign_shard(tmp_path, client):

@@ -10,6 +10,7 @@ Run the same command again to continue a run from its last checkpoint.
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -24,13 +25,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import cli
 import hellaswag
+import parallel
 from fineweb import N_VOCAB, get_tokenizer, load_shards, write_beside
-from model import GPT, GPTConfig, autocast, pick_device, pick_dtype, read_json, read_safetensors
+from model import GPT, GPTConfig, autocast, pick_dtype, read_json, read_safetensors
 
 PEAK_FLOPS = {  # dense bf16 tensor-core peak, from the makers' data sheets
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12,
@@ -71,8 +71,14 @@ class TrainConfig:
     """learning rate after the warm-up; trapezoid is constant, then linear down"""
     cooldown_frac: float = 0.2
     """fraction of all steps in the trapezoid's linear cooldown"""
+    parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    """what torchrun's ranks share out: nothing, the optimizer's state, or the weights too"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon updates the matrices inside the blocks by Muon, all else by AdamW"""
+    muon_lr: float = 0.0
+    """Muon's peak learning rate; 0 = lr, for its updates are scaled to the size of AdamW's"""
     weight_decay: float = 0.1
-    """AdamW's decay of matrices; norms, biases and other vectors never decay"""
+    """decay of matrices; norms, biases and other vectors never decay"""
     beta1: float = 0.9
     """AdamW's first moment"""
     beta2: float = 0.95
@@ -111,7 +117,7 @@ class TrainConfig:
         for name in (
             "micro_batch", "max_steps", "warmup_steps", "eval_every", "hellaswag_every",
             "hellaswag_limit", "sample_every", "checkpoint_every", "keep_checkpoints",
-            "weight_decay", "grad_clip", "seed",
+            "weight_decay", "grad_clip", "seed", "muon_lr",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
@@ -123,41 +129,6 @@ class TrainConfig:
 
 
 # ----------------------------------------------------------------------------- set-up
-
-
-class Ranks:
-    """This process among those that torchrun started; a single one without it."""
-
-    def __init__(self, device):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self.first = self.rank == 0
-        self.distributed = "RANK" in os.environ
-        if self.distributed:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    def sum(self, *values):
-        """Add up numbers over all ranks -> a list of floats."""
-        # gloo has no AVG, mps no float64; sums of counts and losses fit fp64 elsewhere
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.stack([torch.as_tensor(v, dtype=dtype, device=self.device) for v in values])
-        if self.distributed:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def first_alone(self, call):
-        """call() on the first rank, then on the others: what it downloads is then there."""
-        result = call() if self.first else None
-        self.sum(0)
-        return result if self.first else call()
-
-    def close(self):
-        if self.distributed:
-            dist.destroy_process_group()
 
 
 def can_compile(device):
@@ -260,18 +231,7 @@ def open_windows(config, split, T, vocab_size):
     return windows
 
 
-# ----------------------------------------------------------------------------- optimizer
-
-
-def make_optimizer(model, config):
-    """AdamW that decays matrices only (norms, biases and per-head vectors are 1-D)."""
-    params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas, fused = (config.beta1, config.beta2), params[0].device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=fused)
+# ----------------------------------------------------------------------------- schedule
 
 
 def learning_rate(step, config, max_steps):
@@ -296,7 +256,7 @@ class Trainer:
     """Everything a run needs, set up once: model, data, optimizer, place among the ranks."""
 
     def __init__(self, model_config, config):
-        self.config, self.ranks = config, Ranks(config.device)
+        self.config, self.ranks = config, parallel.Ranks(config.device)
         self.device = self.ranks.device
         self.dtype = pick_dtype(config.dtype, self.device)
         if self.device.type == "cpu":
@@ -307,7 +267,7 @@ class Trainer:
         self.model = (
             GPT.from_checkpoint(config.init_from) if config.init_from else GPT(model_config)
         )
-        self.model.to(self.device).train()
+        self.model = parallel.place(self.model, config.parallel, self.ranks, self.dtype).train()
         self.model_config = self.model.config
 
         c = self.model_config
@@ -325,7 +285,7 @@ class Trainer:
                 f"{config.data_dir} has {self.train.tokens:,} train tokens, fewer than one batch "
                 f"of {config.total_batch_tokens:,}; lower --total_batch_tokens"
             )
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizers = parallel.make_optimizers(self.model, config, self.ranks)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.dtype == torch.float16 and self.device.type == "cuda"
         )
@@ -338,9 +298,8 @@ class Trainer:
             config.compile == "auto" and self.device.type == "cuda"
         )
         compiled = wanted and not config.dry_run and can_compile(self.device)
-        self.forward = torch.compile(self.model) if compiled else self.model
-        if self.ranks.distributed:
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+        forward = torch.compile(self.model) if compiled else self.model
+        self.forward = parallel.average_gradients(forward, config.parallel, self.ranks)
 
     def count_batch_windows(self):
         T, world = self.model_config.block_size, self.ranks.world
@@ -372,6 +331,11 @@ class Trainer:
             # without thousands of cores to fill, larger gains nothing
             most = max(1, 8192 // self.model_config.block_size)
             return max(d for d in divisors(per_rank) if d <= most)
+        if self.config.parallel == "fsdp" and self.ranks.world > 1:
+            raise ValueError(
+                "parallel fsdp needs --micro_batch N: where one rank runs out of memory while "
+                "trying sizes, the others would wait for it; try --micro_batch 1, then more"
+            )
         most = 2**18 // self.model_config.block_size  # far beyond what fills a card
         for size in sorted((d for d in divisors(per_rank) if d <= most), reverse=True):
             if self.ranks.sum(self.fits_cuda(size))[0] == self.ranks.world:
@@ -383,7 +347,7 @@ class Trainer:
             left = self.memory_left(size)
         except torch.OutOfMemoryError:
             left = 0
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(self.device).total_memory
         return left > 0.05 * total  # room for fragments and for the compiler's choices
@@ -412,8 +376,8 @@ class Trainer:
         """Update number `step` (0-based) -> mean loss over all ranks, gradient norm, rate."""
         config, ranks = self.config, self.ranks
         rate = learning_rate(step, config, self.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group in itertools.chain(*(o.param_groups for o in self.optimizers)):
+            group["lr"] = rate * group["lr_scale"]
         # dropout too is a function of seed and step, so that a resumed run draws the same
         torch.manual_seed(hash((config.seed, step, ranks.rank)) % 2**63)
         numbers = self.train.batch(
@@ -423,69 +387,77 @@ class Trainer:
         mean = torch.zeros((), device=self.device)
         for i, micro in enumerate(np.split(own, self.micro_steps)):
             x, y = self.load(self.train, micro)
-            if ranks.distributed:  # gradients are averaged once, in the last backward pass
+            if ranks.distributed:  # DDP averages gradients once, in the last backward pass
                 self.forward.require_backward_grad_sync = i == self.micro_steps - 1
             with self.autocast():
                 _, loss = self.forward(x, y)
             mean += loss.detach() / self.micro_steps
             self.scaler.scale(loss / self.micro_steps).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = parallel.clip_gradients(self.model, config.grad_clip)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         return ranks.sum(mean)[0] / ranks.world, norm.item(), rate
 
     # ------------------------------------------------------------------------- evaluation
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def evaluation(self):
+        """Inside, ranks may run forward passes of their own number; all ranks must enter."""
+        self.model.eval()
+        with torch.no_grad(), self.autocast(), parallel.whole_weights(self.model):
+            yield
+        self.model.train()
+
     def validate(self):
         """Mean loss over the first val_tokens validation tokens, the same for any layout."""
         T, size, ranks = self.model_config.block_size, self.micro_batch, self.ranks
         numbers = np.arange(max(1, min(self.config.val_tokens // T, self.val.count)))
         own = numbers[ranks.rank :: ranks.world]
         total, count = torch.zeros((), dtype=torch.float32, device=self.device), 0
-        self.model.eval()
-        for begin in range(0, len(own), size):
-            x, y = self.load(self.val, own[begin : begin + size])
-            missing = size - len(x)
-            if missing:  # one shape only, so that nothing compiles again; -1 has no loss
-                x = torch.cat((x, x.new_zeros(missing, T)))
-                y = torch.cat((y, y.new_full((missing, T), -1)))
-            with self.autocast():
+        with self.evaluation():
+            for begin in range(0, len(own), size):
+                x, y = self.load(self.val, own[begin : begin + size])
+                missing = size - len(x)
+                if missing:  # one shape only, so that nothing compiles again; -1 has no loss
+                    x = torch.cat((x, x.new_zeros(missing, T)))
+                    y = torch.cat((y, y.new_full((missing, T), -1)))
                 _, loss = self.forward(x, y)
-            total += loss * (size - missing) * T
-            count += (size - missing) * T
-        self.model.train()
+                total += loss * (size - missing) * T
+                count += (size - missing) * T
         total, count = ranks.sum(total, count)
         return total / count
 
     def hellaswag(self, examples):
         """HellaSwag by the completion protocol -> {"n", "acc", "acc_norm", "se"}."""
-        with self.autocast():
+        with self.evaluation():
             return hellaswag.evaluate(
                 self.model, examples, rank=self.ranks.rank, world=self.ranks.world
             )
 
-    @torch.no_grad()
     def sample(self, tokens=32, rows=2):
         """A few continuations of a fixed prompt -> list of texts."""
         tokenizer = get_tokenizer()
         idx = torch.tensor([tokenizer.encode_ordinary(SAMPLE_PROMPT)] * rows, device=self.device)
         new = min(tokens, max(0, self.model_config.block_size - idx.size(1)))
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        self.model.eval()
-        with self.autocast():
+        with self.evaluation():
             out = self.model.generate(idx, new, top_k=50, generator=generator)
-        self.model.train()
         return [tokenizer.decode(row) for row in out.tolist()]
 
     # ------------------------------------------------------------------------- checkpoints
 
     def save(self, step, run):
-        """Write run_dir/step_NNNNNN beside, then rename: a kill leaves the last whole one."""
+        """All ranks gather; the first writes run_dir/step_NNNNNN beside, then renames: a kill
+        leaves the last whole one."""
         from safetensors.torch import save_file
 
+        weights, moments = parallel.whole_state(self.model, self.optimizers, self.ranks)
+        if not self.ranks.first:
+            return
         config = {
             "model": asdict(self.model_config), "train": asdict(self.config), "step": step,
             "tokens": step * self.config.total_batch_tokens, "data_tokens": self.train.tokens,
@@ -493,11 +465,8 @@ class Trainer:
         folder, beside = run / f"step_{step:06d}", run / f".step_{step:06d}.tmp"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        weights = {k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
-        if self.model_config.tie_embeddings:
-            del weights["lm_head.weight"]  # it is transformer.wte.weight
         save_file(weights, beside / "model.safetensors")
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state = {"optimizer": moments, "scaler": self.scaler.state_dict()}
         torch.save(state, beside / "train_state.pt")
         (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for file in beside.iterdir():
@@ -523,7 +492,7 @@ class Trainer:
         saved = read_json(folder / "config.json")
         now = asdict(self.model_config) | {
             "seed": self.config.seed, "total_batch_tokens": self.config.total_batch_tokens,
-            "data_tokens": self.train.tokens,
+            "data_tokens": self.train.tokens, "optimizer": self.config.optimizer,
         }  # fmt: skip
         then = saved["model"] | saved["train"] | {"data_tokens": saved["data_tokens"]}
         for name, value in now.items():
@@ -532,9 +501,9 @@ class Trainer:
                     f"{run} holds a run with {name} {then.get(name)}, this one has {value}; "
                     f"use that value, or choose another --run_dir"
                 )
-        self.model.load_weights(read_safetensors(folder / "model.safetensors"), folder)
-        state = torch.load(folder / "train_state.pt", map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        weights = read_safetensors(folder / "model.safetensors")
+        state = torch.load(folder / "train_state.pt", "cpu", weights_only=True, mmap=True)
+        parallel.load_state(self.model, self.optimizers, weights, state["optimizer"], folder)
         self.scaler.load_state_dict(state["scaler"])
         return saved["step"]
 
@@ -570,7 +539,7 @@ class Trainer:
             with self.autocast():
                 _, loss = self.model(x, y)
             loss.backward()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
         return 2 * x.numel() * self.ranks.world / (time.perf_counter() - begin)
@@ -686,12 +655,12 @@ def train(trainer):
                 f"{done:>6}/{last} HellaSwag acc_norm {score['acc_norm']:.4f} "
                 f"± {score['se']:.4f} (n {score['n']:,})"
             )
-        if ranks.first and config.sample_every and due(config.sample_every, done, last):
+        if config.sample_every and due(config.sample_every, done, last):
             samples = trainer.sample()
             log.write(step=done, samples=samples)
             for text in samples:
                 log.say(f"sample > {' '.join(text.split())}")
-        if ranks.first and done and due(config.checkpoint_every, done, last):
+        if done and due(config.checkpoint_every, done, last):
             trainer.save(done, run)
 
     if not start:

@@ -516,7 +516,8 @@ class Trainer:
         # a block keeps about 16 n_embd numbers a token for the backward pass
         width = 4 if self.dtype == torch.float32 else 2.5  # norms and residuals stay fp32
         kept = 16 * self.model_config.n_embd * self.model_config.n_layer * width
-        memory = 16 * params + kept * self.micro_batch * T
+        memory = parallel.bytes_held(self.model_config, c.parallel, ranks.world)
+        memory += kept * self.micro_batch * T
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         return [
             f"parameters {params:,}  training FLOPs per token {flops:,}",
@@ -624,6 +625,8 @@ def train(trainer):
     run = Path(config.run_dir)
     run.mkdir(parents=True, exist_ok=True)
     start = trainer.resume(run)
+    if ranks.sum(start)[0] != start * ranks.world:
+        raise ValueError(f"not all ranks find step {start} in {run}; it must be on a shared disk")
     log = Log(run, start, active=ranks.first)
     for line in trainer.describe():
         log.say(line)

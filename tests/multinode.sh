@@ -88,23 +88,26 @@ PY
 echo "bytes that one of two nodes sends per step (bf16), measured and by bytes_sent"
 sent() { ip -n swnode1 -s -j link show swveth1 | "$python" -c \
     'import json, sys; print(json.load(sys.stdin)[0]["stats64"]["tx"]["bytes"])'; }
-for mode in ddp zero1 fsdp; do
+for pair in "ddp adamw" "zero1 adamw" "fsdp adamw" "fsdp muon"; do
+    read -r mode optimizer <<<"$pair"
     for steps in 5 25; do
         start=$(sent)
-        more="--max_steps=$steps --checkpoint_every=0 --dtype=bfloat16 --micro_batch=4 --n_layer=4 --n_embd=256"
-        node 1 $mode$steps $more >"$tmp/out1" 2>&1 & one=$!
-        node 2 $mode$steps $more >"$tmp/out2" 2>&1 & two=$!
+        more="--max_steps=$steps --checkpoint_every=0 --dtype=bfloat16 --micro_batch=4 --n_layer=4 --n_embd=256 --optimizer=$optimizer"
+        node 1 $mode-$optimizer-$steps $more >"$tmp/out1" 2>&1 & one=$!
+        node 2 $mode-$optimizer-$steps $more >"$tmp/out2" 2>&1 & two=$!
         wait $one || { tail -30 "$tmp/out1"; exit 1; }
         wait $two
         declare bytes$steps=$(($(sent) - start))
     done
-    "$python" - "$here" $mode $(((bytes25 - bytes5) / 20)) <<'PY'
+    "$python" - "$here" $mode $optimizer $(((bytes25 - bytes5) / 20)) <<'PY'
 import sys
 sys.path.insert(0, sys.argv[1])
 from model import GPTConfig
 from parallel import bytes_sent
 config = GPTConfig(block_size=32, n_layer=4, n_head=2, n_embd=256)
-print(f"{sys.argv[2]:<6} {int(sys.argv[3]):>12,} measured {bytes_sent(config, sys.argv[2], 2):>12,} computed")
+mode, optimizer, measured = sys.argv[2], sys.argv[3], int(sys.argv[4])
+print(f"{mode:<6} {optimizer:<6} {measured:>12,} measured", end="")
+print(f" {bytes_sent(config, mode, 2):>12,} computed" if optimizer == "adamw" else "")
 PY
 done
 echo passed

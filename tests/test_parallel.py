@@ -100,6 +100,8 @@ def assert_same_run(run, reference, close=1e-5, world=None):
     assert column(run, "grad_norm") == pytest.approx(column(reference, "grad_norm"), rel=1e-3)
     for key in ("lr", "hellaswag_acc", "hellaswag_acc_norm", "hellaswag_n"):
         assert column(run, key) == column(reference, key)
+    assert len(column(run, "samples")) == 2  # the last ones hang on the last bits of the weights
+    assert column(run, "samples")[0] == column(reference, "samples")[0]
     if world:
         assert log(run, "event")[-1]["world"] == world
     for step in (10, MIDDLE, STEPS):
@@ -287,6 +289,23 @@ def test_a_state_that_lacks_a_parameter_is_refused(folder, tmp_path):
     del moments["transformer.ln_f.weight"]
     with pytest.raises(ValueError, match=r"here lacks .* transformer\.ln_f\.weight"):
         parallel.load_state(made.model, made.optimizers, weights, moments, "here")
+
+
+def test_a_run_folder_that_the_ranks_do_not_share_is_refused(folder, tmp_path, monkeypatch):
+    made = t.Trainer(*configs(folder / "data", tmp_path / "run", **FLAGS))
+    monkeypatch.setattr(made.ranks, "world", 2)
+    monkeypatch.setattr(made.ranks, "sum", lambda own: [own + 20])  # the other rank found step 20
+    with pytest.raises(ValueError, match="not all ranks find step 0"):
+        t.train(made)
+
+
+def test_fsdp_on_cuda_asks_for_a_micro_batch():
+    made = SimpleNamespace(
+        config=t.TrainConfig(parallel="fsdp"), model_config=GPTConfig(), batch_windows=8,
+        ranks=SimpleNamespace(world=2), device=torch.device("cuda"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="--micro_batch 1"):
+        t.Trainer.find_micro_batch(made)
 
 
 # ----------------------------------------------------------------------------- the formulas

@@ -134,9 +134,15 @@ def check_runs(ranks, folder):
     ):  # fmt: skip
         optimizer = "muon" if "muon" in origin else "adamw"
         jobs.append(job(f"{origin}_then_{mode}_{ranks}", mode, optimizer, continues=origin))
-    launch(ranks, jobs, folder)
+    as_torch_has_it = job(f"muon_bf16_{ranks}", "zero1", "muon", precise=False)
+    launch(ranks, [*jobs, as_torch_has_it], folder)
     for made in jobs:
         assert_same_run(folder / made["name"], folder / made["flags"]["optimizer"], world=ranks)
+    # rounding to bf16 turns gradients that differ in the last bit of fp32 into other updates:
+    # 4e-5 to 1.2e-4 was seen over modes and ranks
+    losses = [column(folder / run, "train_loss") for run in ("muon_bf16", f"muon_bf16_{ranks}")]
+    assert losses[1] == pytest.approx(losses[0], abs=3e-4)
+    assert losses[0] != column(folder / "muon", "train_loss")  # which was kept in fp32
     for origin in (f"fsdp_muon_{ranks}", f"zero1_adamw_{ranks}"):
         optimizer = "muon" if "muon" in origin else "adamw"
         do([job(f"{origin}_then_single", "ddp", optimizer, continues=origin)], folder)

@@ -67,8 +67,8 @@ before=$(grep -c train_loss "$tmp/killed/log.jsonl")
 echo "killed agent $second and worker $worker after step $before"
 sleep 3
 node 2 killed --max_steps=300 >"$tmp/node2again.out" 2>&1 &
-wait $! || { tail -30 "$tmp/node2again.out" "$tmp/node1.out"; exit 1; }
-wait $first || { tail -30 "$tmp/node1.out"; exit 1; }
+wait $! || { tail -n 30 "$tmp/node2again.out" "$tmp/node1.out"; exit 1; }
+wait $first || { tail -n 30 "$tmp/node1.out"; exit 1; }
 
 "$python" - "$tmp" "$before" <<'PY'
 import json, sys
@@ -95,7 +95,7 @@ for pair in "ddp adamw" "zero1 adamw" "fsdp adamw" "fsdp muon"; do
         more="--max_steps=$steps --checkpoint_every=0 --dtype=bfloat16 --micro_batch=4 --n_layer=4 --n_embd=256 --optimizer=$optimizer"
         node 1 $mode-$optimizer-$steps $more >"$tmp/out1" 2>&1 & one=$!
         node 2 $mode-$optimizer-$steps $more >"$tmp/out2" 2>&1 & two=$!
-        wait $one || { tail -30 "$tmp/out1"; exit 1; }
+        wait $one || { tail -n 30 "$tmp/out1"; exit 1; }
         wait $two
         declare bytes$steps=$(($(sent) - start))
     done

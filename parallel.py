@@ -94,7 +94,7 @@ def average_gradients(forward, parallel, ranks):
     """Wrap the module to train so that its backward pass averages gradients over the ranks."""
     if parallel == "fsdp" or not ranks.distributed:  # place already did
         return forward
-    return DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
 
 def sharded(model):

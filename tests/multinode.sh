@@ -37,6 +37,9 @@ flags="--data_dir=$tmp/data --device=cpu --dtype=float32 --compile=false --block
  --n_head=2 --n_embd=16 --total_batch_tokens=256 --micro_batch=2 --val_tokens=224 --eval_every=0
  --sample_every=0 --checkpoint_every=10 --keep_checkpoints=2 --lr=3e-3 --warmup_steps=3 --print_every=10"
 export OMP_NUM_THREADS=1
+# torch 2.13's agents share a store whose address they tell only once: who comes back waits for it
+# in vain, and after a minute all fail. This has them tell it anew each time.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 node() { # node I RUN FLAGS...: the line that a user types on node I
     local i=$1 run=$2

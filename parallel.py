@@ -263,20 +263,20 @@ def largest_share(config, world):
     return max(shares)
 
 
-def bytes_sent(config, parallel, world, micro_steps=1):
+def bytes_sent(config, parallel, world, micro_steps=1, width=2):
     """Bytes one rank sends in an optimizer step, by ring algorithms: gathering, scattering or
     broadcasting a tensor sends (world - 1) / world of it, an all-reduce twice that.
 
     ddp all-reduces fp32 gradients, zero1 then broadcasts the fp32 weights; fsdp, in every
-    micro-step, gathers the blocks in bf16 forward and backward and the rest in fp32 once, and
-    scatters fp32 gradients."""
+    micro-step, gathers the blocks in bf16 (width 4: fp32) forward and backward and the rest in
+    fp32 once, and scatters fp32 gradients."""
     every, block, outside = parameter_counts(config)
     if parallel == "ddp":
         sent = 2 * 4 * every
     elif parallel == "zero1":
         sent = 2 * 4 * every + 4 * every
     else:
-        sent = micro_steps * (2 * 2 * config.n_layer * block + 4 * outside + 4 * every)
+        sent = micro_steps * (2 * width * config.n_layer * block + 4 * outside + 4 * every)
     return sent * (world - 1) // world
 
 

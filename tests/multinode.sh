@@ -88,29 +88,29 @@ assert resumed and before - resumed[0] <= 10 + 1 and a.keys() == b.keys() and wo
 assert sum("train_loss" in l for l in lines) == 300  # every step once
 PY
 
-echo "bytes that one of two nodes sends per step (bf16), measured and by bytes_sent"
+echo "bytes that one of two nodes sends per step in fp32, measured and by bytes_sent"
 sent() { ip -n swnode1 -s -j link show swveth1 | "$python" -c \
     'import json, sys; print(json.load(sys.stdin)[0]["stats64"]["tx"]["bytes"])'; }
 for pair in "ddp adamw" "zero1 adamw" "fsdp adamw" "fsdp muon"; do
     read -r mode optimizer <<<"$pair"
-    for steps in 5 25; do
+    for steps in 5 15; do
         start=$(sent)
-        more="--max_steps=$steps --checkpoint_every=0 --dtype=bfloat16 --micro_batch=4 --n_layer=4 --n_embd=256 --optimizer=$optimizer"
+        more="--max_steps=$steps --checkpoint_every=0 --micro_batch=4 --n_layer=4 --n_embd=128 --optimizer=$optimizer"
         node 1 $mode-$optimizer-$steps $more >"$tmp/out1" 2>&1 & one=$!
         node 2 $mode-$optimizer-$steps $more >"$tmp/out2" 2>&1 & two=$!
         wait $one || { tail -n 30 "$tmp/out1"; exit 1; }
         wait $two
         declare bytes$steps=$(($(sent) - start))
     done
-    "$python" - "$here" $mode $optimizer $(((bytes25 - bytes5) / 20)) <<'PY'
+    "$python" - "$here" $mode $optimizer $(((bytes15 - bytes5) / 10)) <<'PY'
 import sys
 sys.path.insert(0, sys.argv[1])
 from model import GPTConfig
 from parallel import bytes_sent
-config = GPTConfig(block_size=32, n_layer=4, n_head=2, n_embd=256)
+config = GPTConfig(block_size=32, n_layer=4, n_head=2, n_embd=128)
 mode, optimizer, measured = sys.argv[2], sys.argv[3], int(sys.argv[4])
 print(f"{mode:<6} {optimizer:<6} {measured:>12,} measured", end="")
-print(f" {bytes_sent(config, mode, 2):>12,} computed" if optimizer == "adamw" else "")
+print(f" {bytes_sent(config, mode, 2, width=4):>12,} computed" if optimizer == "adamw" else "")
 PY
 done
 echo passed

@@ -15,6 +15,7 @@ A file of its own, so that the trainer reads the same for any mode: it wraps wha
 import contextlib
 import itertools
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,9 @@ class Ranks:
 
     def close(self):
         if self.distributed:
+            # gloo's threads need the interpreter to let go of the last tensors, and torch waits
+            # for them without giving it up: let them finish first
+            time.sleep(0.2)
             dist.destroy_process_group()
 
 

@@ -49,14 +49,20 @@ class Ranks:
         if self.distributed and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
-    def sum(self, *values):
-        """Add up numbers over all ranks -> a list of floats."""
+    def total(self, *values):
+        """Add up numbers over all ranks -> (n,) on the device, without waiting for it."""
         # gloo has no AVG, mps no float64; sums of counts and losses fit fp64 elsewhere
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.stack([torch.as_tensor(v, dtype=dtype, device=self.device) for v in values])
+        total = torch.zeros(len(values), dtype=dtype, device=self.device)
+        for place, value in zip(total, values, strict=True):
+            place += value  # a number is no copy to the device, which would wait
         if self.distributed:
             dist.all_reduce(total)
-        return total.tolist()
+        return total
+
+    def sum(self, *values):
+        """Add up numbers over all ranks -> a list of floats."""
+        return self.total(*values).tolist()
 
     def first_alone(self, call):
         """call() on the first rank, then on the others: what it downloads is then there."""
@@ -165,6 +171,19 @@ def clip_gradients(model, most):
     a scalar tensor, the same on all ranks."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most or torch.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def step_unless(skip, optimizers):
+    """Step the optimizers, unless skip, a bool scalar tensor that is the same on all ranks: then
+    weights and state stay as they are. A fused kernel obeys it without the host's knowing; for
+    another optimizer the host has to wait and look."""
+    for optimizer in optimizers:
+        inner = getattr(optimizer, "optim", optimizer)  # what zero1 wraps
+        if inner.defaults.get("fused"):
+            inner.found_inf = skip.float()
+        elif skip:
+            continue
+        optimizer.step()
 
 
 # ----------------------------------------------------------------------------- the whole state

@@ -10,13 +10,9 @@ Run the same command again to continue a run from its last checkpoint.
 
 import contextlib
 import functools
+import hashlib
 import itertools
-import json
 import math
-import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -26,10 +22,11 @@ from typing import Literal
 import numpy as np
 import torch
 
+import checkpoints
 import cli
 import hellaswag
 import parallel
-from fineweb import N_VOCAB, get_tokenizer, load_shards, write_beside
+from fineweb import N_VOCAB, get_tokenizer, load_shards
 from model import GPT, GPTConfig, autocast, pick_dtype, read_json, read_safetensors
 
 PEAK_FLOPS = {  # dense bf16 tensor-core peak, from the makers' data sheets
@@ -215,6 +212,11 @@ class Windows:
             )
         return numbers
 
+    def some(self):
+        """The bytes of 64 windows all over the stream, however it is cut into shards."""
+        numbers = np.unique(np.linspace(0, self.count - 1, 64).astype(np.int64))
+        return self.read(numbers)[0].numpy().tobytes()
+
 
 def open_windows(config, split, T, vocab_size):
     windows = Windows(load_shards(config.data_dir, split), T)
@@ -372,13 +374,57 @@ class Trainer:
             x, y = x.pin_memory(), y.pin_memory()
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
-    def step(self, step):
-        """Update number `step` (0-based) -> mean loss over all ranks, gradient norm, rate."""
-        config, ranks = self.config, self.ranks
-        rate = learning_rate(step, config, self.max_steps)
+    def step(self, step, stop=0):
+        """Launch update number `step` (0-based) -> (3,) on the device: mean loss over all ranks,
+        gradient norm, and the sum of `stop` over the ranks. Reading them waits for the device.
+
+        If the loss or the norm is not finite, weights and optimizer state stay as they are."""
+        rate = learning_rate(step, self.config, self.max_steps)
         for group in itertools.chain(*(o.param_groups for o in self.optimizers)):
             group["lr"] = rate * group["lr_scale"]
+        loss, stop = self.ranks.total(self.gradients(step), stop)
+        loss = loss / self.ranks.world
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = parallel.clip_gradients(self.model, self.config.grad_clip)
+        parallel.step_unless(~torch.isfinite(loss + norm), self.optimizers)
+        self.scaler.update()
+        self.model.zero_grad()
+        return torch.stack((loss, norm.to(loss), stop))
+
+    def gradients(self, step):
+        """Forward and backward passes over this rank's part of batch `step` -> its mean loss, ().
+
+        When memory runs out and micro_batch is ours to choose, again with a smaller one."""
+        while True:
+            try:
+                return self.accumulate(step)
+            except torch.OutOfMemoryError:
+                smaller = self.smaller_micro_batch()
+            # only here, where no traceback holds on to them any more, can the tensors go
+            self.model.zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(f"out of memory at step {step + 1}: micro_batch {self.micro_batch} -> {smaller}")
+            self.micro_steps = self.micro_steps * self.micro_batch // smaller
+            self.micro_batch = smaller
+
+    def smaller_micro_batch(self):
+        """The micro-batch to go on with after one that did not fit; ValueError if there is none
+        or it is not ours to choose."""
+        size = self.micro_batch
+        if size == 1:
+            raise ValueError(
+                "out of memory even with micro_batch 1; lower --block_size or the model's size"
+            )
+        smaller = max(d for d in divisors(self.micro_steps * size) if d <= size // 2)
+        if self.config.micro_batch or self.ranks.world > 1:  # the others are past this point
+            raise ValueError(f"out of memory with micro_batch {size}; try --micro_batch {smaller}")
+        return smaller
+
+    def accumulate(self, step):
         # dropout too is a function of seed and step, so that a resumed run draws the same
+        config, ranks = self.config, self.ranks
         torch.manual_seed(hash((config.seed, step, ranks.rank)) % 2**63)
         numbers = self.train.batch(
             0 if config.overfit_single_batch else step, self.batch_windows, config.seed
@@ -393,14 +439,7 @@ class Trainer:
                 _, loss = self.forward(x, y)
             mean += loss.detach() / self.micro_steps
             self.scaler.scale(loss / self.micro_steps).backward()
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        norm = parallel.clip_gradients(self.model, config.grad_clip)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        self.model.zero_grad()
-        return ranks.sum(mean)[0] / ranks.world, norm.item(), rate
+        return mean
 
     # ------------------------------------------------------------------------- evaluation
 
@@ -450,62 +489,52 @@ class Trainer:
 
     # ------------------------------------------------------------------------- checkpoints
 
-    def save(self, step, run):
-        """All ranks gather; the first writes run_dir/step_NNNNNN beside, then renames: a kill
-        leaves the last whole one."""
-        from safetensors.torch import save_file
+    @functools.cached_property
+    def data_sha256(self):
+        return hashlib.sha256(self.train.some() + self.val.some()).hexdigest()
 
+    def save(self, step, run, log=None):
+        """All ranks gather; the first writes run_dir/step_NNNNNN, after the log up to it. OSError
+        when that fails, and nothing is lost."""
         weights, moments = parallel.whole_state(self.model, self.optimizers, self.ranks)
         if not self.ranks.first:
             return
+        if log:
+            log.sync()
         config = {
             "model": asdict(self.model_config), "train": asdict(self.config), "step": step,
             "tokens": step * self.config.total_batch_tokens, "data_tokens": self.train.tokens,
+            "data_sha256": self.data_sha256,
         }  # fmt: skip
-        folder, beside = run / f"step_{step:06d}", run / f".step_{step:06d}.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        save_file(weights, beside / "model.safetensors")
         state = {"optimizer": moments, "scaler": self.scaler.state_dict()}
-        torch.save(state, beside / "train_state.pt")
-        (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        for file in beside.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-        with write_beside(str(run / "latest")) as file:
-            file.write(f"{folder.name}\n".encode())
-        if self.config.keep_checkpoints:  # a later one may be left of a run that was killed
-            done = [f for f in step_folders(run) if int(f.name[5:]) <= step]
-            for old in done[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old, ignore_errors=True)
+        checkpoints.save(run, step, weights, state, config, self.config.keep_checkpoints)
 
     def resume(self, run):
-        """Load the latest checkpoint of the run folder, if any -> the number of steps done."""
-        begun = [name for name in ("latest", "log.jsonl") if (run / name).is_file()]
+        """Load the run folder's newest whole checkpoint, if any -> the number of steps done."""
+        begun = (run / "latest").is_file() or (run / "log.jsonl").is_file()
         if begun and self.config.resume == "never":
             raise ValueError(f"{run} already holds a run; choose another --run_dir")
-        if "latest" not in begun:
+        folder = checkpoints.recover(run) if self.ranks.first else None
+        # the first rank's choice is everyone's
+        step = int(self.ranks.sum(int(folder.name[5:]) if folder else 0)[0])
+        if not step:
             return 0
-        folder = run / (run / "latest").read_text().strip()
+        folder = run / f"step_{step:06d}"
+        if self.ranks.sum(folder.is_dir())[0] != self.ranks.world:
+            raise ValueError(
+                f"not all ranks find step {step} in {run}; it must be on a shared disk"
+            )
         saved = read_json(folder / "config.json")
-        now = asdict(self.model_config) | {
+        checkpoints.check_same(run, saved, asdict(self.model_config) | {
             "seed": self.config.seed, "total_batch_tokens": self.config.total_batch_tokens,
-            "data_tokens": self.train.tokens, "optimizer": self.config.optimizer,
-        }  # fmt: skip
-        then = saved["model"] | saved["train"] | {"data_tokens": saved["data_tokens"]}
-        for name, value in now.items():
-            if then.get(name) != value:
-                raise ValueError(
-                    f"{run} holds a run with {name} {then.get(name)}, this one has {value}; "
-                    f"use that value, or choose another --run_dir"
-                )
+            "data_tokens": self.train.tokens, "data_sha256": self.data_sha256,
+            "optimizer": self.config.optimizer,
+        })  # fmt: skip
         weights = read_safetensors(folder / "model.safetensors")
         state = torch.load(folder / "train_state.pt", "cpu", weights_only=True, mmap=True)
         parallel.load_state(self.model, self.optimizers, weights, state["optimizer"], folder)
         self.scaler.load_state_dict(state["scaler"])
-        return saved["step"]
+        return step
 
     # ------------------------------------------------------------------------- dry run
 
@@ -550,54 +579,7 @@ def divisors(n):
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-# ----------------------------------------------------------------------------- run folder
-
-
-def step_folders(run):
-    """The run's whole checkpoints, oldest first."""
-    return sorted(run.glob("step_*"), key=lambda folder: int(folder.name[5:]))
-
-
-class Log:
-    """log.jsonl and the terminal, on the first rank; on the others it writes nothing."""
-
-    def __init__(self, run, step, active):
-        self.file = None
-        if not active:
-            return
-        path = run / "log.jsonl"
-        if path.exists():  # a step after the checkpoint is about to be done again
-            kept = [
-                line for line in path.read_text().splitlines(keepends=True)
-                if line.endswith("\n") and json.loads(line).get("step", 0) <= step
-            ]  # fmt: skip
-            with write_beside(str(path)) as file:
-                file.write("".join(kept if step else []).encode())
-        self.file = open(path, "a", buffering=1)  # a line at a time
-
-    def write(self, **entry):
-        if self.file:
-            self.file.write(json.dumps(entry) + "\n")
-
-    def say(self, text):
-        if self.file:
-            print(text, flush=True)
-
-
-def versions():
-    names = ("torch", "numpy", "tiktoken")
-    return {"python": platform.python_version()} | {n: str(sys.modules[n].__version__)
-            for n in names if n in sys.modules}  # fmt: skip
-
-
-def git_commit():
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        out = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        return None
-    return out.stdout.strip()
+# ----------------------------------------------------------------------------- what is logged
 
 
 def short(number):
@@ -621,21 +603,24 @@ def due(every, done, last):
 
 
 def train(trainer):
+    """The whole run, or what is left of it."""
+    config, ranks, run = trainer.config, trainer.ranks, Path(trainer.config.run_dir)
+    with checkpoints.sole_user(run, ranks.first):
+        start = trainer.resume(run)
+        log = checkpoints.Log(run, start, ranks.first)
+        for line in trainer.describe():
+            log.say(line)
+        log.write(
+            event="resume" if start else "start", step=start,
+            config=asdict(trainer.model_config) | asdict(config),
+            parameters=trainer.model.num_params(), **checkpoints.provenance(), seed=config.seed,
+            device=str(trainer.device), dtype=str(trainer.dtype)[6:], world=ranks.world,
+        )  # fmt: skip
+        train_from(start, trainer, run, log)
+
+
+def train_from(start, trainer, run, log):
     config, ranks, last = trainer.config, trainer.ranks, trainer.max_steps
-    run = Path(config.run_dir)
-    run.mkdir(parents=True, exist_ok=True)
-    start = trainer.resume(run)
-    if ranks.sum(start)[0] != start * ranks.world:
-        raise ValueError(f"not all ranks find step {start} in {run}; it must be on a shared disk")
-    log = Log(run, start, active=ranks.first)
-    for line in trainer.describe():
-        log.say(line)
-    log.write(
-        event="resume" if start else "start", step=start,
-        config=asdict(trainer.model_config) | asdict(config), parameters=trainer.model.num_params(),
-        versions=versions(), git=git_commit(), seed=config.seed, device=str(trainer.device),
-        dtype=str(trainer.dtype)[6:], world=ranks.world,
-    )  # fmt: skip
     flops = trainer.model.flops_per_token()
     peak = peak_flops(trainer.device)
     examples = []
@@ -644,51 +629,93 @@ def train(trainer):
             hellaswag.load_items, config.hellaswag_data, config.hellaswag_limit, config.seed
         )
         examples = hellaswag.tokenize_items(ranks.first_alone(load), "completion")
+    average, skipped, begin = None, 0, 0.0
 
-    def evaluate(done):
-        """What is due after `done` updates: validation, HellaSwag, samples, a checkpoint."""
-        if due(config.eval_every, done, last):
+    def report(done, launched):
+        """Read the numbers of a step and log them -> whether any rank was told to stop."""
+        nonlocal average, skipped, begin
+        loss, norm, stop = launched.tolist()
+        seconds = time.perf_counter() - begin
+        begin += seconds
+        rate, speed = learning_rate(done - 1, config, last), config.total_batch_tokens / seconds
+        average = seconds if average is None else 0.9 * average + 0.1 * seconds
+        mfu = flops * speed / (peak * ranks.world) if peak else None
+        skipped = 0 if math.isfinite(loss + norm) else skipped + 1
+        z = checkpoints.spike(loss, log.losses)
+        log.write(
+            step=done, train_loss=loss, lr=rate, grad_norm=norm,
+            tokens=done * config.total_batch_tokens, tok_per_s=speed, mfu=mfu,
+            **({"skipped": True} if skipped else {}),
+        )  # fmt: skip
+        if z:
+            log.write(event="spike", step=done, loss=loss, z=z)
+        if done == start + 1 or skipped or z or due(config.print_every, done, last):
+            log.say(
+                f"{done:>6}/{last} loss {loss:.4f} lr {rate:.1e} norm {norm:.2f} "
+                f"{short(speed)} tok/s mfu {f'{mfu:.1%}' if peak else 'unknown card'} "
+                f"eta {clock(average * (last - done))}"
+                f"{' SKIPPED' if skipped else f' SPIKE, z-score {z:.1f}' if z else ''}"
+            )
+        checkpoints.check_skipped(skipped, done, run, trainer.scaler.is_enabled())
+        return bool(stop)
+
+    def save(done, must):
+        try:
+            trainer.save(done, run, log)
+        except OSError as error:
+            if must:
+                raise
+            log.say(f"warning: {error}; training goes on until the next checkpoint")
+            log.write(event="save failed", step=done, error=str(error))
+
+    def evaluate(done, logged=()):
+        """What is due after `done` updates and not `logged`: validation, HellaSwag, samples."""
+        if due(config.eval_every, done, last) and "val_loss" not in logged:
             loss = trainer.validate()
             log.write(step=done, val_loss=loss)
             log.say(f"{done:>6}/{last} validation loss {loss:.4f}")
-        if examples and done and due(config.hellaswag_every, done, last):
+        if (
+            examples and done and due(config.hellaswag_every, done, last)
+            and "hellaswag_acc" not in logged
+        ):  # fmt: skip
             score = trainer.hellaswag(examples)
             log.write(step=done, **{f"hellaswag_{k}": v for k, v in score.items()})
             log.say(
                 f"{done:>6}/{last} HellaSwag acc_norm {score['acc_norm']:.4f} "
                 f"± {score['se']:.4f} (n {score['n']:,})"
             )
-        if config.sample_every and due(config.sample_every, done, last):
+        if (
+            config.sample_every and due(config.sample_every, done, last)
+            and "samples" not in logged
+        ):  # fmt: skip
             samples = trainer.sample()
             log.write(step=done, samples=samples)
             for text in samples:
                 log.say(f"sample > {' '.join(text.split())}")
-        if done and due(config.checkpoint_every, done, last):
-            trainer.save(done, run)
 
-    if not start:
-        evaluate(0)
-    elif start >= last:
+    kinds = ("val_loss", "hellaswag_acc", "samples")
+    known = ranks.sum(*[kind in log.evaluated for kind in kinds])  # to the first rank alone
+    evaluate(start, [kind for kind, there in zip(kinds, known, strict=True) if there])
+    if start >= last:
         log.say(f"{run} is finished at step {start}; more steps: --max_steps N")
-    average = None
-    for step in range(start, last):
-        begin = time.perf_counter()
-        loss, norm, rate = trainer.step(step)
-        seconds = time.perf_counter() - begin
-        average = seconds if average is None else 0.9 * average + 0.1 * seconds
-        done, speed = step + 1, config.total_batch_tokens / seconds
-        mfu = flops * speed / (peak * ranks.world) if peak else None
-        log.write(
-            step=done, train_loss=loss, lr=rate, grad_norm=norm,
-            tokens=done * config.total_batch_tokens, tok_per_s=speed, mfu=mfu,
-        )  # fmt: skip
-        if done == start + 1 or due(config.print_every, done, last):
-            log.say(
-                f"{done:>6}/{last} loss {loss:.4f} lr {rate:.1e} norm {norm:.2f} "
-                f"{short(speed)} tok/s mfu {f'{mfu:.1%}' if peak else 'unknown card'} "
-                f"eta {clock(average * (last - done))}"
-            )
-        evaluate(done)
+    intervals = (
+        config.eval_every, config.hellaswag_every, config.sample_every, config.checkpoint_every,
+    )  # fmt: skip
+    with checkpoints.StopSignal(ranks.first) as signal:
+        begin, waiting, stop = time.perf_counter(), [], False
+        for done in range(start + 1, last + 1):
+            waiting.append((done, trainer.step(done - 1, signal.number)))
+            # a card is at its next step while the host reads the numbers of the one before
+            now = trainer.device.type != "cuda" or any(due(n, done, last) for n in intervals)
+            while waiting and (len(waiting) > 1 or now or stop):
+                stop = report(*waiting.pop(0)) or stop
+            if stop or due(config.checkpoint_every, done, last):
+                save(done, must=stop or done == last)
+            if stop:
+                log.say(f"stopped after step {done}; the same command continues {run} from there")
+                sys.exit(signal.status())
+            evaluate(done)  # after the checkpoint: a kill in here costs no step
+            begin = time.perf_counter() if now else begin
     log.say(f"next: python sample.py {run} --prompt 'Once upon a time'")
     log.say(f"      python hellaswag.py {run}")
 
@@ -712,6 +739,9 @@ def main():
                 print(f"expected time {clock(seconds)} at a measured {rate:,.0f} tokens/s")
         else:
             train(trainer)
+    except torch.OutOfMemoryError:  # not in a step: those see to it themselves
+        size = trainer.micro_batch
+        raise ValueError(f"out of memory with micro_batch {size}; give a smaller one") from None
     finally:
         trainer.ranks.close()
 

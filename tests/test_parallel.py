@@ -305,7 +305,7 @@ def test_a_run_folder_that_the_ranks_do_not_share_is_refused(folder, tmp_path, m
     made = t.Trainer(*configs(folder / "data", tmp_path / "run", **FLAGS))
     monkeypatch.setattr(made.ranks, "world", 2)
     monkeypatch.setattr(made.ranks, "sum", lambda own: [own + 20])  # the other rank found step 20
-    with pytest.raises(ValueError, match="not all ranks find step 0"):
+    with pytest.raises(ValueError, match="not all ranks find step 20"):
         t.train(made)
 
 

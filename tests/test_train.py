@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import checkpoints
 import cli
 import parallel
 import train_gpt2 as t
@@ -435,13 +436,13 @@ def before_latest(monkeypatch):
             raise Kill
         return real(path)
 
-    real = t.write_beside
-    monkeypatch.setattr(t, "write_beside", write)
+    real = checkpoints.write_beside
+    monkeypatch.setattr(checkpoints, "write_beside", write)
 
 
 def while_removing(monkeypatch):
     def remove(path, **options):
-        if Path(path).name == "step_000004":
+        if Path(path).name == ".step_000004.old.tmp":
             (Path(path) / "config.json").unlink(missing_ok=True)
             if (Path(path) / "model.safetensors").exists():
                 raise Kill
@@ -538,7 +539,7 @@ def test_a_checkpoint_holds_plain_names_and_all_that_a_reader_needs(plain, data)
     assert set(moments) == set(nanogpt_names(2))
     assert all(m["step"] == 6 for m in moments.values())
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "model.safetensors", "train_state.pt",
+        "SHA256SUMS", "config.json", "model.safetensors", "train_state.pt",
     ]  # fmt: skip
 
 

@@ -137,9 +137,9 @@ def full_disk(monkeypatch):
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-        real = checkpoints.save
         monkeypatch.setattr(checkpoints, "save", save)
 
+    real = checkpoints.save
     return set_up
 
 
@@ -421,7 +421,7 @@ def test_out_of_memory_with_a_given_micro_batch_says_what_to_try(data, tmp_path,
 
 
 def test_a_few_kills_at_random_moments_lose_nothing():
-    line = [sys.executable, ROOT / "tests" / "torture.py", "--kills", "8", "--seed", "1"]
+    line = [sys.executable, ROOT / "tests" / "torture.py", "--kills", "6", "--seed", "1"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 kills" in done.stdout
+    assert "6 kills" in done.stdout

@@ -105,10 +105,10 @@ def save(run, step, weights, state, config, keep=0):
         name_latest(run, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have kinds
         shutil.rmtree(beside, ignore_errors=True)
-        free = shutil.disk_usage(run).free
-        need = sum(w.numel() * w.element_size() for w in weights.values())
-        reason = f"{str(error).splitlines()[0]} ({free / 1e9:.1f} GB free"
-        reason += f", a checkpoint takes over {need / 1e9:.1f} GB)" if free < 3 * need else ")"
+        reason, free = str(error).splitlines()[0], shutil.disk_usage(run).free
+        need = size(weights) + size(state)
+        if free < 1.01 * need:  # torch does not say so
+            reason = f"{free / 1e6:,.0f} MB are free, {need / 1e6:,.0f} MB needed"
         raise OSError(f"could not write {folder}: {reason}") from error
     # a later one may be left of a run that was killed, or damaged: it is none of the newest
     done = [f for f in step_folders(run) if int(f.name[5:]) <= step]
@@ -187,6 +187,13 @@ def check_same(run, saved, now):
         )
 
 
+def size(value):
+    """Bytes of the tensors in nested dicts."""
+    if isinstance(value, dict):
+        return sum(map(size, value.values()))
+    return value.nbytes if torch.is_tensor(value) else 0
+
+
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -233,9 +240,12 @@ class Log:
         if path.exists():  # a step after the checkpoint is about to be done again
             lines = path.read_text(errors="replace").splitlines() if step else []
             entries = [entry for entry in map(parse, lines) if entry.get("step", 0) <= step]
-            with write_beside(str(path)) as file:
-                for entry in filter(None, entries):
-                    file.write(dump(entry))
+            try:
+                with write_beside(str(path)) as file:
+                    for entry in filter(None, entries):
+                        file.write(dump(entry))
+            except OSError as error:
+                raise OSError(f"could not write {path}: {error.strerror}") from error
             self.losses.extend(e["train_loss"] for e in entries if e.get("train_loss") is not None)
             self.evaluated = {key for e in entries if e.get("step") == step for key in e}
         self.file = open(path, "ab", buffering=0)

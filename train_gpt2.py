@@ -375,8 +375,8 @@ class Trainer:
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def step(self, step, stop=0):
-        """Launch update number `step` (0-based) -> (3,) on the device: mean loss over all ranks,
-        gradient norm, and the sum of `stop` over the ranks. Reading them waits for the device.
+        """Update number `step` (0-based) -> (3,): mean loss over all ranks, gradient norm, and the
+        sum of `stop` over the ranks, on the device, which may still be at work on them.
 
         If the loss or the norm is not finite, weights and optimizer state stay as they are."""
         rate = learning_rate(step, self.config, self.max_steps)
@@ -391,6 +391,20 @@ class Trainer:
         self.scaler.update()
         self.model.zero_grad()
         return torch.stack((loss, norm.to(loss), stop))
+
+    def launch(self, step, stop):
+        """step(), and a copy of its numbers on its way to the host -> a function that waits for
+        them only, not for what the device was given later -> three floats."""
+        on_cuda = self.device.type == "cuda"
+        numbers = self.step(step, stop).to("cpu", non_blocking=on_cuda)
+        arrived = torch.cuda.current_stream().record_event() if on_cuda else None
+
+        def read():
+            if arrived:
+                arrived.synchronize()
+            return numbers.tolist()
+
+        return read
 
     def gradients(self, step):
         """Forward and backward passes over this rank's part of batch `step` -> its mean loss, ().
@@ -631,10 +645,10 @@ def train_from(start, trainer, run, log):
         examples = hellaswag.tokenize_items(ranks.first_alone(load), "completion")
     average, skipped, begin = None, 0, 0.0
 
-    def report(done, launched):
+    def report(done, read):
         """Read the numbers of a step and log them -> whether any rank was told to stop."""
         nonlocal average, skipped, begin
-        loss, norm, stop = launched.tolist()
+        loss, norm, stop = read()
         seconds = time.perf_counter() - begin
         begin += seconds
         rate, speed = learning_rate(done - 1, config, last), config.total_batch_tokens / seconds
@@ -704,7 +718,7 @@ def train_from(start, trainer, run, log):
     with checkpoints.StopSignal(ranks.first) as signal:
         begin, waiting, stop = time.perf_counter(), [], False
         for done in range(start + 1, last + 1):
-            waiting.append((done, trainer.step(done - 1, signal.number)))
+            waiting.append((done, trainer.launch(done - 1, signal.number)))
             # a card is at its next step while the host reads the numbers of the one before
             now = trainer.device.type != "cuda" or any(due(n, done, last) for n in intervals)
             while waiting and (len(waiting) > 1 or now or stop):

@@ -113,8 +113,8 @@ class Train:
         np.save(data / "val_0.npy", rng.integers(0, 50257, 400).astype(np.uint16))
         self.flags = dict(
             data_dir=data, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.1, device="cpu",
-            dtype="float32", compile="false", total_batch_tokens=64, max_steps=STEPS,
-            warmup_steps=3, eval_every=3, val_tokens=96, sample_every=6, checkpoint_every=2,
+            dtype="float32", compile="false", total_batch_tokens=128, max_steps=STEPS,
+            warmup_steps=3, eval_every=2, val_tokens=96, sample_every=6, checkpoint_every=3,
         )  # fmt: skip
 
     def command(self, out):
@@ -124,11 +124,11 @@ class Train:
         """A random time after a random thing: the start, a step, an evaluation, a checkpoint."""
         log, kind, begun = out / "log.jsonl", rng.choice(("start", *KINDS)), []
         size = log.stat().st_size if log.exists() else 0
-        wait = rng.uniform(0, 0.4 if kind == "start" else 0.03)
+        wait = rng.uniform(0, 0.4 if kind == "start" else 0.02)
 
         def reached():
             grown = log.exists() and log.stat().st_size > size + 500
-            return kind == "start" or (grown and (kind == "step" or self.where(out) == kind))
+            return kind == "start" or (grown and self.where(out) == kind)
 
         def moment():
             if not begun and reached():
@@ -148,7 +148,7 @@ class Train:
         if "event" in last:
             return "start"
         step, left = last["step"], []
-        if "train_loss" in last and (step % 3 == 0 or step == STEPS):
+        if "train_loss" in last and (step % 2 == 0 or step == STEPS):
             left = ["val_loss"]
         elif "val_loss" in last and (step % 6 == 0 or step == STEPS):
             left = ["samples"]

@@ -229,10 +229,11 @@ class Log:
     """log.jsonl and the terminal, on the first rank; on the others it writes nothing.
 
     losses: the last 100 training losses; evaluated: the keys that the log has of step `step`
-    already. What a full disk keeps out of the file waits in memory."""
+    already; skipped: steps in a row that were, up to now. What a full disk keeps out of the file
+    waits in memory."""
 
     def __init__(self, run, step, active):
-        self.file, self.waiting = None, b""
+        self.run, self.file, self.waiting, self.skipped = run, None, b"", 0
         self.losses, self.evaluated = deque(maxlen=100), set()
         if not active:
             return
@@ -246,20 +247,48 @@ class Log:
                         file.write(dump(entry))
             except OSError as error:
                 raise OSError(f"could not write {path}: {error.strerror}") from error
-            self.losses.extend(e["train_loss"] for e in entries if e.get("train_loss") is not None)
+            steps = (e for e in entries if "skipped" not in e)
+            self.losses.extend(e["train_loss"] for e in steps if e.get("train_loss") is not None)
             self.evaluated = {key for e in entries if e.get("step") == step for key in e}
         self.file = open(path, "ab", buffering=0)
 
     def write(self, **entry):
         if not self.file:
             return
-        if entry.get("train_loss") is not None:
-            self.losses.append(entry["train_loss"])
         self.waiting += dump(entry)
         try:
             self.flush()
         except OSError as error:
             self.say(f"warning: {error}; its lines wait in memory")
+
+    def step(self, **entry):
+        """Write a training step -> what is remarkable about it, for the terminal."""
+        loss, note = entry["train_loss"], ""
+        if math.isfinite(loss + entry["grad_norm"]):
+            self.skipped = 0
+            self.write(**entry)
+            if z := spike(loss, self.losses):
+                note = f" SPIKE, z-score {z:.1f}"
+                self.write(event="spike", step=entry["step"], loss=loss, z=z)
+            self.losses.append(loss)
+        else:
+            self.skipped, note = self.skipped + 1, " SKIPPED"
+            self.write(**entry, skipped=True)
+        return note
+
+    def check_skipped(self, scaled):
+        """ValueError after too many steps in a row without a finite loss and gradient.
+
+        scaled: fp16's loss scale starts too high and halves with each step that overflows."""
+        if self.skipped < MAX_SKIPPED * (5 if scaled else 1):
+            return
+        latest = self.run / "latest"
+        where = f"{self.run / latest.read_text().strip()} is whole" if latest.exists() else ""
+        raise ValueError(
+            f"the loss or gradient was NaN or infinite {self.skipped} steps in a row; "
+            f"{where or 'there is no checkpoint yet'}: run again with a lower --lr, a longer "
+            f"--warmup_steps or --grad_clip 1"
+        )
 
     def flush(self):
         try:
@@ -344,20 +373,6 @@ class StopSignal:
     def __exit__(self, *exception):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def check_skipped(skipped, done, run, scaled):
-    """ValueError after too many steps in a row without a finite loss and gradient.
-
-    scaled: fp16's loss scale starts too high and halves with each step that overflows."""
-    if skipped < MAX_SKIPPED * (5 if scaled else 1):
-        return
-    latest = step_folders(run)[-1:]
-    raise ValueError(
-        f"the loss or gradient was NaN or infinite {skipped} steps in a row, up to step {done}; "
-        f"{f'{latest[0]} is whole' if latest else 'there is no checkpoint yet'}: run again with "
-        f"a lower --lr, a longer --warmup_steps or --grad_clip 1"
-    )
 
 
 def spike(loss, losses):

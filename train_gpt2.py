@@ -643,34 +643,28 @@ def train_from(start, trainer, run, log):
             hellaswag.load_items, config.hellaswag_data, config.hellaswag_limit, config.seed
         )
         examples = hellaswag.tokenize_items(ranks.first_alone(load), "completion")
-    average, skipped, begin = None, 0, 0.0
+    average, begin = None, 0.0
 
     def report(done, read):
         """Read the numbers of a step and log them -> whether any rank was told to stop."""
-        nonlocal average, skipped, begin
+        nonlocal average, begin
         loss, norm, stop = read()
         seconds = time.perf_counter() - begin
         begin += seconds
         rate, speed = learning_rate(done - 1, config, last), config.total_batch_tokens / seconds
         average = seconds if average is None else 0.9 * average + 0.1 * seconds
         mfu = flops * speed / (peak * ranks.world) if peak else None
-        skipped = 0 if math.isfinite(loss + norm) else skipped + 1
-        z = checkpoints.spike(loss, log.losses)
-        log.write(
+        note = log.step(
             step=done, train_loss=loss, lr=rate, grad_norm=norm,
             tokens=done * config.total_batch_tokens, tok_per_s=speed, mfu=mfu,
-            **({"skipped": True} if skipped else {}),
         )  # fmt: skip
-        if z:
-            log.write(event="spike", step=done, loss=loss, z=z)
-        if done == start + 1 or skipped or z or due(config.print_every, done, last):
+        if done == start + 1 or note or due(config.print_every, done, last):
             log.say(
                 f"{done:>6}/{last} loss {loss:.4f} lr {rate:.1e} norm {norm:.2f} "
                 f"{short(speed)} tok/s mfu {f'{mfu:.1%}' if peak else 'unknown card'} "
-                f"eta {clock(average * (last - done))}"
-                f"{' SKIPPED' if skipped else f' SPIKE, z-score {z:.1f}' if z else ''}"
+                f"eta {clock(average * (last - done))}{note}"
             )
-        checkpoints.check_skipped(skipped, done, run, trainer.scaler.is_enabled())
+        log.check_skipped(trainer.scaler.is_enabled())
         return bool(stop)
 
     def save(done, must):

@@ -11,6 +11,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 import cli
+from fineweb import write_beside
 
 # acc_norm of all 10,042 items by the completion protocol; GPT-3's is its paper's, for 124M
 HELLASWAG_MARKS = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
@@ -45,7 +46,7 @@ def read_log(run):
         if entry.get("event") == "start":
             start = entry
         for name in ("val_loss", "hellaswag_acc_norm", "train_loss", "tok_per_s"):
-            if name in entry:
+            if entry.get(name) is not None:  # null: a step that was skipped
                 series.setdefault(name, []).append((entry["step"], entry[name]))
     if start is None:
         raise ValueError(f"{path} has no start entry: it is not a whole log")
@@ -95,7 +96,8 @@ def draw(logs, path):
     left.legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with write_beside(str(path)) as file:
+        figure.savefig(file, format="png", dpi=130)
     plt.close(figure)
 
 

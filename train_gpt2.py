@@ -10,13 +10,9 @@ Run the same command again to continue a run from its last checkpoint.
 
 import contextlib
 import functools
-import json
+import hashlib
+import itertools
 import math
-import os
-import pickle
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -25,22 +21,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
+import checkpoints
 import cli
 import hellaswag
-from fineweb import N_VOCAB, check_ids, get_tokenizer, load_shards, write_beside
-from model import (
-    GPT,
-    GPTConfig,
-    autocast,
-    latest_step,
-    pick_device,
-    pick_dtype,
-    read_json,
-    read_safetensors,
-)
+import parallel
+from fineweb import N_VOCAB, check_ids, get_tokenizer, load_shards
+from model import GPT, GPTConfig, autocast, pick_dtype, read_json, read_safetensors
 
 PEAK_FLOPS = {  # dense bf16 tensor-core peak, from the makers' data sheets
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12,
@@ -81,8 +68,14 @@ class TrainConfig:
     """learning rate after the warm-up; trapezoid is constant, then linear down"""
     cooldown_frac: float = 0.2
     """fraction of all steps in the trapezoid's linear cooldown"""
+    parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    """what torchrun's ranks share out: nothing, the optimizer's state, or the weights too"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon updates the matrices inside the blocks by Muon, all else by AdamW"""
+    muon_lr: float = 0.0
+    """Muon's peak learning rate; 0 = lr, for its updates are scaled to the size of AdamW's"""
     weight_decay: float = 0.1
-    """AdamW's decay of matrices; norms, biases and other vectors never decay"""
+    """decay of matrices; norms, biases and other vectors never decay"""
     beta1: float = 0.9
     """AdamW's first moment"""
     beta2: float = 0.95
@@ -121,7 +114,7 @@ class TrainConfig:
         for name in (
             "micro_batch", "max_steps", "warmup_steps", "eval_every", "hellaswag_every",
             "hellaswag_limit", "sample_every", "checkpoint_every", "keep_checkpoints",
-            "weight_decay", "grad_clip", "seed",
+            "weight_decay", "grad_clip", "seed", "muon_lr",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
@@ -133,41 +126,6 @@ class TrainConfig:
 
 
 # ----------------------------------------------------------------------------- set-up
-
-
-class Ranks:
-    """This process among those that torchrun started; a single one without it."""
-
-    def __init__(self, device):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self.first = self.rank == 0
-        self.distributed = "RANK" in os.environ
-        if self.distributed:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    def sum(self, *values):
-        """Add up numbers over all ranks -> a list of floats."""
-        # gloo has no AVG, mps no float64; sums of counts and losses fit fp64 elsewhere
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.stack([torch.as_tensor(v, dtype=dtype, device=self.device) for v in values])
-        if self.distributed:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def first_alone(self, call):
-        """call() on the first rank, then on the others: what it downloads is then there."""
-        result = call() if self.first else None
-        self.sum(0)
-        return result if self.first else call()
-
-    def close(self):
-        if self.distributed:
-            dist.destroy_process_group()
 
 
 def can_compile(device):
@@ -192,15 +150,6 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for large blocks
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back to the system
         libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow the heap by 256 MB at a time
-
-
-def read_state(path, device):
-    """What torch.save wrote, tensors and plain values only; ValueError for anything else."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is no whole training state: {reason}") from None
 
 
 def refuse_conflicts(given, loaded, init_from):
@@ -275,6 +224,11 @@ class Windows:
             )
         return numbers
 
+    def some(self):
+        """The bytes of 64 windows all over the stream, however it is cut into shards."""
+        numbers = np.unique(np.linspace(0, self.count - 1, 64).astype(np.int64))
+        return self.read(numbers)[0].numpy().tobytes()
+
 
 def open_windows(config, split, T, vocab_size):
     windows = Windows(load_shards(config.data_dir, split), T)
@@ -291,18 +245,7 @@ def open_windows(config, split, T, vocab_size):
     return windows
 
 
-# ----------------------------------------------------------------------------- optimizer
-
-
-def make_optimizer(model, config):
-    """AdamW that decays matrices only (norms, biases and per-head vectors are 1-D)."""
-    params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas, fused = (config.beta1, config.beta2), params[0].device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=fused)
+# ----------------------------------------------------------------------------- schedule
 
 
 def learning_rate(step, config, max_steps):
@@ -327,7 +270,7 @@ class Trainer:
     """Everything a run needs, set up once: model, data, optimizer, place among the ranks."""
 
     def __init__(self, model_config, config):
-        self.config, self.ranks = config, Ranks(config.device)
+        self.config, self.ranks = config, parallel.Ranks(config.device)
         self.device = self.ranks.device
         self.dtype = pick_dtype(config.dtype, self.device)
         if self.device.type == "cpu":
@@ -338,7 +281,7 @@ class Trainer:
         self.model = (
             GPT.from_checkpoint(config.init_from) if config.init_from else GPT(model_config)
         )
-        self.model.to(self.device).train()
+        self.model = parallel.place(self.model, config.parallel, self.ranks, self.dtype).train()
         self.model_config = self.model.config
         if config.init_from:
             refuse_conflicts(model_config, self.model_config, config.init_from)
@@ -358,7 +301,7 @@ class Trainer:
                 f"{config.data_dir} has {self.train.tokens:,} train tokens, fewer than one batch "
                 f"of {config.total_batch_tokens:,}; lower --total_batch_tokens"
             )
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizers = parallel.make_optimizers(self.model, config, self.ranks)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.dtype == torch.float16 and self.device.type == "cuda"
         )
@@ -371,9 +314,8 @@ class Trainer:
             config.compile == "auto" and self.device.type == "cuda"
         )
         compiled = wanted and not config.dry_run and can_compile(self.device)
-        self.forward = torch.compile(self.model) if compiled else self.model
-        if self.ranks.distributed:
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+        forward = torch.compile(self.model) if compiled else self.model
+        self.forward = parallel.average_gradients(forward, config.parallel, self.ranks)
 
     def count_batch_windows(self):
         T, world = self.model_config.block_size, self.ranks.world
@@ -405,6 +347,11 @@ class Trainer:
             # without thousands of cores to fill, larger gains nothing
             most = max(1, 8192 // self.model_config.block_size)
             return max(d for d in divisors(per_rank) if d <= most)
+        if self.config.parallel == "fsdp" and self.ranks.world > 1:
+            raise ValueError(
+                "parallel fsdp needs --micro_batch N: where one rank runs out of memory while "
+                "trying sizes, the others would wait for it; try --micro_batch 1, then more"
+            )
         most = 2**18 // self.model_config.block_size  # far beyond what fills a card
         for size in sorted((d for d in divisors(per_rank) if d <= most), reverse=True):
             if self.ranks.sum(self.fits_cuda(size))[0] == self.ranks.world:
@@ -416,7 +363,7 @@ class Trainer:
             left = self.memory_left(size)
         except torch.OutOfMemoryError:
             left = 0
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(self.device).total_memory
         return left > 0.05 * total  # room for fragments and for the compiler's choices
@@ -441,13 +388,71 @@ class Trainer:
             x, y = x.pin_memory(), y.pin_memory()
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
-    def step(self, step):
-        """Update number `step` (0-based) -> mean loss over all ranks, gradient norm, rate."""
-        config, ranks = self.config, self.ranks
-        rate = learning_rate(step, config, self.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    def step(self, step, stop=0):
+        """Update number `step` (0-based) -> (3,): mean loss over all ranks, gradient norm, and the
+        sum of `stop` over the ranks, on the device, which may still be at work on them.
+
+        If the loss or the norm is not finite, weights and optimizer state stay as they are."""
+        rate = learning_rate(step, self.config, self.max_steps)
+        for group in itertools.chain(*(o.param_groups for o in self.optimizers)):
+            group["lr"] = rate * group["lr_scale"]
+        loss, stop = self.ranks.total(self.gradients(step), stop)
+        loss = loss / self.ranks.world
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = parallel.clip_gradients(self.model, self.config.grad_clip)
+        parallel.step_unless(~torch.isfinite(loss + norm), self.optimizers)
+        self.scaler.update()
+        self.model.zero_grad()
+        return torch.stack((loss, norm.to(loss), stop))
+
+    def launch(self, step, stop):
+        """step(), and a copy of its numbers on its way to the host -> a function that waits for
+        them only, not for what the device was given later -> three floats."""
+        on_cuda = self.device.type == "cuda"
+        numbers = self.step(step, stop).to("cpu", non_blocking=on_cuda)
+        arrived = torch.cuda.current_stream().record_event() if on_cuda else None
+
+        def read():
+            if arrived:
+                arrived.synchronize()
+            return numbers.tolist()
+
+        return read
+
+    def gradients(self, step):
+        """Forward and backward passes over this rank's part of batch `step` -> its mean loss, ().
+
+        When memory runs out and micro_batch is ours to choose, again with a smaller one."""
+        while True:
+            try:
+                return self.accumulate(step)
+            except torch.OutOfMemoryError:
+                smaller = self.smaller_micro_batch()
+            # only here, where no traceback holds on to them any more, can the tensors go
+            self.model.zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(f"out of memory at step {step + 1}: micro_batch {self.micro_batch} -> {smaller}")
+            self.micro_steps = self.micro_steps * self.micro_batch // smaller
+            self.micro_batch = smaller
+
+    def smaller_micro_batch(self):
+        """The micro-batch to go on with after one that did not fit; ValueError if there is none
+        or it is not ours to choose."""
+        size = self.micro_batch
+        if size == 1:
+            raise ValueError(
+                "out of memory even with micro_batch 1; lower --block_size or the model's size"
+            )
+        smaller = max(d for d in divisors(self.micro_steps * size) if d <= size // 2)
+        if self.config.micro_batch or self.ranks.world > 1:  # the others are past this point
+            raise ValueError(f"out of memory with micro_batch {size}; try --micro_batch {smaller}")
+        return smaller
+
+    def accumulate(self, step):
         # dropout too is a function of seed and step, so that a resumed run draws the same
+        config, ranks = self.config, self.ranks
         torch.manual_seed(hash((config.seed, step, ranks.rank)) % 2**63)
         numbers = self.train.batch(
             0 if config.overfit_single_batch else step, self.batch_windows, config.seed
@@ -456,123 +461,108 @@ class Trainer:
         mean = torch.zeros((), device=self.device)
         for i, micro in enumerate(np.split(own, self.micro_steps)):
             x, y = self.load(self.train, micro)
-            if ranks.distributed:  # gradients are averaged once, in the last backward pass
+            if ranks.distributed:  # DDP averages gradients once, in the last backward pass
                 self.forward.require_backward_grad_sync = i == self.micro_steps - 1
             with self.autocast():
                 _, loss = self.forward(x, y)
             mean += loss.detach() / self.micro_steps
             self.scaler.scale(loss / self.micro_steps).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return ranks.sum(mean)[0] / ranks.world, norm.item(), rate
+        return mean
 
     # ------------------------------------------------------------------------- evaluation
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def evaluation(self):
+        """Inside, ranks may run forward passes of their own number; all ranks must enter."""
+        self.model.eval()
+        with torch.no_grad(), self.autocast(), parallel.whole_weights(self.model):
+            yield
+        self.model.train()
+
     def validate(self):
         """Mean loss over the first val_tokens validation tokens, the same for any layout."""
         T, size, ranks = self.model_config.block_size, self.micro_batch, self.ranks
         numbers = np.arange(max(1, min(self.config.val_tokens // T, self.val.count)))
         own = numbers[ranks.rank :: ranks.world]
         total, count = torch.zeros((), dtype=torch.float32, device=self.device), 0
-        self.model.eval()
-        for begin in range(0, len(own), size):
-            x, y = self.load(self.val, own[begin : begin + size])
-            missing = size - len(x)
-            if missing:  # one shape only, so that nothing compiles again; -1 has no loss
-                x = torch.cat((x, x.new_zeros(missing, T)))
-                y = torch.cat((y, y.new_full((missing, T), -1)))
-            with self.autocast():
+        with self.evaluation():
+            for begin in range(0, len(own), size):
+                x, y = self.load(self.val, own[begin : begin + size])
+                missing = size - len(x)
+                if missing:  # one shape only, so that nothing compiles again; -1 has no loss
+                    x = torch.cat((x, x.new_zeros(missing, T)))
+                    y = torch.cat((y, y.new_full((missing, T), -1)))
                 _, loss = self.forward(x, y)
-            total += loss * (size - missing) * T
-            count += (size - missing) * T
-        self.model.train()
+                total += loss * (size - missing) * T
+                count += (size - missing) * T
         total, count = ranks.sum(total, count)
         return total / count
 
     def hellaswag(self, examples):
         """HellaSwag by the completion protocol -> {"n", "acc", "acc_norm", "se"}."""
-        with self.autocast():
+        with self.evaluation():
             return hellaswag.evaluate(
                 self.model, examples, rank=self.ranks.rank, world=self.ranks.world
             )
 
-    @torch.no_grad()
     def sample(self, tokens=32, rows=2):
         """A few continuations of a fixed prompt -> list of texts."""
         tokenizer = get_tokenizer()
         idx = torch.tensor([tokenizer.encode_ordinary(SAMPLE_PROMPT)] * rows, device=self.device)
         new = min(tokens, max(0, self.model_config.block_size - idx.size(1)))
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        self.model.eval()
-        with self.autocast():
+        with self.evaluation():
             out = self.model.generate(idx, new, top_k=50, generator=generator)
-        self.model.train()
         return [tokenizer.decode(row) for row in out.tolist()]
 
     # ------------------------------------------------------------------------- checkpoints
 
-    def save(self, step, run):
-        """Write run_dir/step_NNNNNN beside, then rename: a kill leaves the last whole one."""
-        from safetensors.torch import save_file
+    @functools.cached_property
+    def data_sha256(self):
+        return hashlib.sha256(self.train.some() + self.val.some()).hexdigest()
 
+    def save(self, step, run, log=None):
+        """All ranks gather; the first writes run_dir/step_NNNNNN, after the log up to it. OSError
+        when that fails, and nothing is lost."""
+        weights, moments = parallel.whole_state(self.model, self.optimizers, self.ranks)
+        if not self.ranks.first:
+            return
+        if log:
+            log.sync()
         config = {
             "model": asdict(self.model_config), "train": asdict(self.config), "step": step,
             "tokens": step * self.config.total_batch_tokens, "data_tokens": self.train.tokens,
+            "data_sha256": self.data_sha256,
         }  # fmt: skip
-        folder, beside = run / f"step_{step:06d}", run / f".step_{step:06d}.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        weights = {k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}
-        if self.model_config.tie_embeddings:
-            del weights["lm_head.weight"]  # it is transformer.wte.weight
-        save_file(weights, beside / "model.safetensors")
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        torch.save(state, beside / "train_state.pt")
-        (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        for file in beside.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-        with write_beside(str(run / "latest")) as file:
-            file.write(f"{folder.name}\n".encode())
-        if self.config.keep_checkpoints:  # a later one may be left of a run that was killed
-            done = [f for f in step_folders(run) if int(f.name[5:]) <= step]
-            for old in done[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old, ignore_errors=True)
+        state = {"optimizer": moments, "scaler": self.scaler.state_dict()}
+        checkpoints.save(run, step, weights, state, config, self.config.keep_checkpoints)
 
     def resume(self, run):
-        """Load the latest checkpoint of the run folder, if any -> the number of steps done."""
-        begun = [name for name in ("latest", "log.jsonl") if (run / name).is_file()]
+        """Load the run folder's newest whole checkpoint, if any -> the number of steps done."""
+        begun = (run / "latest").is_file() or (run / "log.jsonl").is_file()
         if begun and self.config.resume == "never":
             raise ValueError(f"{run} already holds a run; choose another --run_dir")
-        if "latest" not in begun:
+        folder = checkpoints.recover(run) if self.ranks.first else None
+        # the first rank's choice is everyone's
+        step = int(self.ranks.sum(int(folder.name[5:]) if folder else 0)[0])
+        if not step:
             return 0
-        folder = latest_step(run)
+        folder = run / f"step_{step:06d}"
+        if self.ranks.sum(folder.is_dir())[0] != self.ranks.world:
+            raise ValueError(
+                f"not all ranks find step {step} in {run}; it must be on a shared disk"
+            )
         saved = read_json(folder / "config.json")
-        lacks = {"model", "train", "step", "data_tokens"} - saved.keys()
-        if lacks:
-            raise ValueError(f"{folder} is of another version: it lacks {', '.join(sorted(lacks))}")
-        now = asdict(self.model_config) | {
+        checkpoints.check_same(run, saved, asdict(self.model_config) | {
             "seed": self.config.seed, "total_batch_tokens": self.config.total_batch_tokens,
-            "data_tokens": self.train.tokens,
-        }  # fmt: skip
-        then = saved["model"] | saved["train"] | {"data_tokens": saved["data_tokens"]}
-        for name, value in now.items():
-            if then.get(name) != value:
-                raise ValueError(
-                    f"{run} holds a run with {name} {then.get(name)}, this one has {value}; "
-                    f"use that value, or choose another --run_dir"
-                )
-        self.model.load_weights(read_safetensors(folder / "model.safetensors"), folder)
-        state = read_state(folder / "train_state.pt", self.device)
-        self.optimizer.load_state_dict(state["optimizer"])
+            "data_tokens": self.train.tokens, "data_sha256": self.data_sha256,
+            "optimizer": self.config.optimizer,
+        })  # fmt: skip
+        weights = read_safetensors(folder / "model.safetensors")
+        state = checkpoints.read_state(folder / "train_state.pt")
+        parallel.load_state(self.model, self.optimizers, weights, state["optimizer"], folder)
         self.scaler.load_state_dict(state["scaler"])
-        return saved["step"]
+        return step
 
     # ------------------------------------------------------------------------- dry run
 
@@ -583,7 +573,8 @@ class Trainer:
         # a block keeps about 16 n_embd numbers a token for the backward pass
         width = 4 if self.dtype == torch.float32 else 2.5  # norms and residuals stay fp32
         kept = 16 * self.model_config.n_embd * self.model_config.n_layer * width
-        memory = 16 * params + kept * self.micro_batch * T
+        memory = parallel.bytes_held(self.model_config, c.parallel, ranks.world)
+        memory += kept * self.micro_batch * T
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         return [
             f"parameters {params:,}  training FLOPs per token {flops:,}",
@@ -606,7 +597,7 @@ class Trainer:
             with self.autocast():
                 _, loss = self.model(x, y)
             loss.backward()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
         return 2 * x.numel() * self.ranks.world / (time.perf_counter() - begin)
@@ -616,54 +607,7 @@ def divisors(n):
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-# ----------------------------------------------------------------------------- run folder
-
-
-def step_folders(run):
-    """The run's whole checkpoints, oldest first."""
-    return sorted(run.glob("step_*"), key=lambda folder: int(folder.name[5:]))
-
-
-class Log:
-    """log.jsonl and the terminal, on the first rank; on the others it writes nothing."""
-
-    def __init__(self, run, step, active):
-        self.file = None
-        if not active:
-            return
-        path = run / "log.jsonl"
-        if path.exists():  # a step after the checkpoint is about to be done again
-            kept = [
-                line for line in path.read_text().splitlines(keepends=True)
-                if line.endswith("\n") and json.loads(line).get("step", 0) <= step
-            ]  # fmt: skip
-            with write_beside(str(path)) as file:
-                file.write("".join(kept if step else []).encode())
-        self.file = open(path, "a", buffering=1)  # a line at a time
-
-    def write(self, **entry):
-        if self.file:
-            self.file.write(json.dumps(entry) + "\n")
-
-    def say(self, text):
-        if self.file:
-            print(text, flush=True)
-
-
-def versions():
-    names = ("torch", "numpy", "tiktoken")
-    return {"python": platform.python_version()} | {n: str(sys.modules[n].__version__)
-            for n in names if n in sys.modules}  # fmt: skip
-
-
-def git_commit():
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        out = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        return None
-    return out.stdout.strip()
+# ----------------------------------------------------------------------------- what is logged
 
 
 def short(number):
@@ -687,19 +631,24 @@ def due(every, done, last):
 
 
 def train(trainer):
+    """The whole run, or what is left of it."""
+    config, ranks, run = trainer.config, trainer.ranks, Path(trainer.config.run_dir)
+    with checkpoints.sole_user(run, ranks.first):
+        start = trainer.resume(run)
+        log = checkpoints.Log(run, start, ranks.first)
+        for line in trainer.describe():
+            log.say(line)
+        log.write(
+            event="resume" if start else "start", step=start,
+            config=asdict(trainer.model_config) | asdict(config),
+            parameters=trainer.model.num_params(), **checkpoints.provenance(), seed=config.seed,
+            device=str(trainer.device), dtype=str(trainer.dtype)[6:], world=ranks.world,
+        )  # fmt: skip
+        train_from(start, trainer, run, log)
+
+
+def train_from(start, trainer, run, log):
     config, ranks, last = trainer.config, trainer.ranks, trainer.max_steps
-    run = Path(config.run_dir)
-    run.mkdir(parents=True, exist_ok=True)
-    start = trainer.resume(run)
-    log = Log(run, start, active=ranks.first)
-    for line in trainer.describe():
-        log.say(line)
-    log.write(
-        event="resume" if start else "start", step=start,
-        config=asdict(trainer.model_config) | asdict(config), parameters=trainer.model.num_params(),
-        versions=versions(), git=git_commit(), seed=config.seed, device=str(trainer.device),
-        dtype=str(trainer.dtype)[6:], world=ranks.world,
-    )  # fmt: skip
     flops = trainer.model.flops_per_token()
     peak = peak_flops(trainer.device)
     examples = []
@@ -708,51 +657,87 @@ def train(trainer):
             hellaswag.load_items, config.hellaswag_data, config.hellaswag_limit, config.seed
         )
         examples = hellaswag.tokenize_items(ranks.first_alone(load), "completion")
+    average, begin = None, 0.0
 
-    def evaluate(done):
-        """What is due after `done` updates: validation, HellaSwag, samples, a checkpoint."""
-        if due(config.eval_every, done, last):
+    def report(done, read):
+        """Read the numbers of a step and log them -> whether any rank was told to stop."""
+        nonlocal average, begin
+        loss, norm, stop = read()
+        seconds = time.perf_counter() - begin
+        begin += seconds
+        rate, speed = learning_rate(done - 1, config, last), config.total_batch_tokens / seconds
+        average = seconds if average is None else 0.9 * average + 0.1 * seconds
+        mfu = flops * speed / (peak * ranks.world) if peak else None
+        note = log.step(
+            step=done, train_loss=loss, lr=rate, grad_norm=norm,
+            tokens=done * config.total_batch_tokens, tok_per_s=speed, mfu=mfu,
+        )  # fmt: skip
+        if done == start + 1 or note or due(config.print_every, done, last):
+            log.say(
+                f"{done:>6}/{last} loss {loss:.4f} lr {rate:.1e} norm {norm:.2f} "
+                f"{short(speed)} tok/s mfu {f'{mfu:.1%}' if peak else 'unknown card'} "
+                f"eta {clock(average * (last - done))}{note}"
+            )
+        log.check_skipped(trainer.scaler.is_enabled())
+        return bool(stop)
+
+    def save(done, must):
+        try:
+            trainer.save(done, run, log)
+        except OSError as error:
+            if must:
+                raise
+            log.say(f"warning: {error}; training goes on until the next checkpoint")
+            log.write(event="save failed", step=done, error=str(error))
+
+    def evaluate(done, logged=()):
+        """What is due after `done` updates and not `logged`: validation, HellaSwag, samples."""
+        if due(config.eval_every, done, last) and "val_loss" not in logged:
             loss = trainer.validate()
             log.write(step=done, val_loss=loss)
             log.say(f"{done:>6}/{last} validation loss {loss:.4f}")
-        if examples and done and due(config.hellaswag_every, done, last):
+        if (
+            examples and done and due(config.hellaswag_every, done, last)
+            and "hellaswag_acc" not in logged
+        ):  # fmt: skip
             score = trainer.hellaswag(examples)
             log.write(step=done, **{f"hellaswag_{k}": v for k, v in score.items()})
             log.say(
                 f"{done:>6}/{last} HellaSwag acc_norm {score['acc_norm']:.4f} "
                 f"± {score['se']:.4f} (n {score['n']:,})"
             )
-        if ranks.first and config.sample_every and due(config.sample_every, done, last):
+        if (
+            config.sample_every and due(config.sample_every, done, last)
+            and "samples" not in logged
+        ):  # fmt: skip
             samples = trainer.sample()
             log.write(step=done, samples=samples)
             for text in samples:
                 log.say(f"sample > {' '.join(text.split())}")
-        if ranks.first and done and due(config.checkpoint_every, done, last):
-            trainer.save(done, run)
 
-    if not start:
-        evaluate(0)
-    elif start >= last:
+    kinds = ("val_loss", "hellaswag_acc", "samples")
+    known = ranks.sum(*[kind in log.evaluated for kind in kinds])  # to the first rank alone
+    evaluate(start, [kind for kind, there in zip(kinds, known, strict=True) if there])
+    if start >= last:
         log.say(f"{run} is finished at step {start}; more steps: --max_steps N")
-    average = None
-    for step in range(start, last):
-        begin = time.perf_counter()
-        loss, norm, rate = trainer.step(step)
-        seconds = time.perf_counter() - begin
-        average = seconds if average is None else 0.9 * average + 0.1 * seconds
-        done, speed = step + 1, config.total_batch_tokens / seconds
-        mfu = flops * speed / (peak * ranks.world) if peak else None
-        log.write(
-            step=done, train_loss=loss, lr=rate, grad_norm=norm,
-            tokens=done * config.total_batch_tokens, tok_per_s=speed, mfu=mfu,
-        )  # fmt: skip
-        if done == start + 1 or due(config.print_every, done, last):
-            log.say(
-                f"{done:>6}/{last} loss {loss:.4f} lr {rate:.1e} norm {norm:.2f} "
-                f"{short(speed)} tok/s mfu {f'{mfu:.1%}' if peak else 'unknown card'} "
-                f"eta {clock(average * (last - done))}"
-            )
-        evaluate(done)
+    intervals = (
+        config.eval_every, config.hellaswag_every, config.sample_every, config.checkpoint_every,
+    )  # fmt: skip
+    with checkpoints.StopSignal(ranks.first) as signal:
+        begin, waiting, stop = time.perf_counter(), [], False
+        for done in range(start + 1, last + 1):
+            waiting.append((done, trainer.launch(done - 1, signal.number)))
+            # a card is at its next step while the host reads the numbers of the one before
+            now = trainer.device.type != "cuda" or any(due(n, done, last) for n in intervals)
+            while waiting and (len(waiting) > 1 or now or stop):
+                stop = report(*waiting.pop(0)) or stop
+            if stop or due(config.checkpoint_every, done, last):
+                save(done, must=stop or done == last)
+            if stop:
+                log.say(f"stopped after step {done}; the same command continues {run} from there")
+                sys.exit(signal.status())
+            evaluate(done)  # after the checkpoint: a kill in here costs no step
+            begin = time.perf_counter() if now else begin
     log.say(f"next: python sample.py {run} --prompt 'Once upon a time'")
     log.say(f"      python hellaswag.py {run}")
 
@@ -776,6 +761,9 @@ def main():
                 print(f"expected time {clock(seconds)} at a measured {rate:,.0f} tokens/s")
         else:
             train(trainer)
+    except torch.OutOfMemoryError:  # not in a step: those see to it themselves
+        size = trainer.micro_batch
+        raise ValueError(f"out of memory with micro_batch {size}; give a smaller one") from None
     finally:
         trainer.ranks.close()
 

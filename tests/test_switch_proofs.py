@@ -28,7 +28,8 @@ from model import (
     GPTConfig,
     KVCache,
 )
-from train_gpt2 import TrainConfig, make_optimizer
+from parallel import make_optimizers
+from train_gpt2 import TrainConfig
 
 END = 89  # the end-of-text id of the tiny vocabulary
 
@@ -435,7 +436,7 @@ def test_any_valid_config_trains_counts_and_comes_back(tmp_path_factory, config)
     model, idx = GPT(config), tokens(T=config.block_size)
     assert model.num_params() == switches.parameters(config)
     assert model.flops_per_token() == switches.flops_per_token(config)
-    optimizer = make_optimizer(model, TrainConfig(lr=1e-3))
+    [optimizer] = make_optimizers(model, TrainConfig(lr=1e-3))
     for group in optimizer.param_groups:
         for p in group["params"]:
             assert (p.dim() >= 2) == (group["weight_decay"] > 0)

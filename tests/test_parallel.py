@@ -1,0 +1,394 @@
+"""Every mode of parallel.py on 1, 2 and 4 CPU ranks against the run of a single process: the same
+losses, scores and samples, and checkpoints that any of them can continue.
+
+Ranks are slow to start, so torchrun starts this file once per number of them: run as a script, it
+does a list of jobs, each a whole run of train_gpt2.py's train."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # where this file is the script
+
+from test_train import column, configs, log, make_data
+
+import parallel
+import train_gpt2 as t
+from model import GPT, GPTConfig
+
+MODES, OPTIMIZERS = ("ddp", "zero1", "fsdp"), ("adamw", "muon")
+STEPS, MIDDLE = 30, 20
+FLAGS = dict(
+    block_size=32, n_layer=2, n_head=2, n_embd=16, total_batch_tokens=256, micro_batch=2,
+    max_steps=STEPS, val_tokens=224, eval_every=10, sample_every=STEPS, hellaswag_every=STEPS,
+    checkpoint_every=10, keep_checkpoints=0, norm="rmsnorm", mlp="swiglu", pos="rope",
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- helpers
+
+
+def write_items(path, n=5):
+    """A HellaSwag file whose items no number of ranks shares out evenly."""
+    endings = [" on the chair.", " in a sky of glass and iron.", " nine.", " the the the the"]
+    with open(path, "w") as file:
+        for i in range(n):
+            item = dict(
+                ind=i, label=i % 4, ctx_a="A man sits", ctx_b="", ctx="A man" + " sits" * i,
+                activity_label="Sitting", endings=endings, split="val", split_type="indomain",
+                source_id=f"activitynet~{i}",
+            )  # fmt: skip
+            file.write(json.dumps(item) + "\n")
+
+
+def do(jobs, folder):
+    """Do each job {"name", "flags", "continues": name of a run, "at": step} in this process."""
+    bfloat16 = torch.Tensor.bfloat16
+    for job in jobs:
+        run = folder / job["name"]
+        ranks = parallel.Ranks(job["flags"].get("device", "cpu"))
+        if job.get("continues") and ranks.first:
+            shutil.copytree(folder / job["continues"], run)
+            (run / "latest").write_text(f"step_{job['at']:06d}\n")
+        ranks.sum(0)
+        flags = FLAGS | {"hellaswag_data": str(folder / "items.jsonl")} | job["flags"]
+        # Muon's Newton-Schulz iteration rounds to bf16: precise keeps it in fp32
+        torch.Tensor.bfloat16 = torch.Tensor.float if job.get("precise") else bfloat16
+        made = t.Trainer(*configs(folder / "data", run, **flags))
+        if flags.get("dtype") == "float16":  # which the trainer does on CUDA only
+            made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        t.train(made)
+    torch.Tensor.bfloat16 = bfloat16
+
+
+def launch(ranks, jobs, folder):
+    """Do the jobs on as many ranks, under torchrun."""
+    (folder / f"jobs{ranks}.json").write_text(json.dumps(jobs))
+    line = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
+    line = [sys.executable, *line, str(folder), str(folder / f"jobs{ranks}.json")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def job(name, mode, optimizer, continues=None, at=MIDDLE, precise=True, **flags):
+    return {
+        "name": name, "flags": {"parallel": mode, "optimizer": optimizer} | flags,
+        "continues": continues, "at": at, "precise": precise and optimizer == "muon",
+    }  # fmt: skip
+
+
+def weights(run, step=STEPS):
+    return load_file(run / f"step_{step:06d}" / "model.safetensors")
+
+
+def assert_same_run(run, reference, close=1e-5, world=None):
+    for key in ("train_loss", "val_loss"):
+        assert column(run, key) == pytest.approx(column(reference, key), abs=close), key
+        steps = [line["step"] for line in log(run, key)]
+        assert steps == [line["step"] for line in log(reference, key)]
+    assert len(column(run, "train_loss")) == STEPS
+    # torch sums the squares of 800,000 numbers in fp32
+    assert column(run, "grad_norm") == pytest.approx(column(reference, "grad_norm"), rel=1e-3)
+    for key in ("lr", "hellaswag_acc", "hellaswag_acc_norm", "hellaswag_n"):
+        assert column(run, key) == column(reference, key)
+    assert len(column(run, "samples")) == 2  # the last ones hang on the last bits of the weights
+    assert column(run, "samples")[0] == column(reference, "samples")[0]
+    if world:
+        assert log(run, "event")[-1]["world"] == world
+    for step in (10, MIDDLE, STEPS):
+        ours, theirs = weights(run, step), weights(reference, step)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=20 * close, msg=name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data, and the single process's run with each optimizer, by its name."""
+    folder = tmp_path_factory.mktemp("parallel")
+    make_data(folder / "data", train=4000, val=400)
+    write_items(folder / "items.jsonl")
+    do([job(optimizer, "fsdp", optimizer) for optimizer in OPTIMIZERS], folder)
+    return folder
+
+
+def check_runs(ranks, combinations, folder):
+    """Runs of these modes and optimizers, some continued under another mode, and some of those
+    by a single process."""
+    jobs = [job(f"{mode}_{optimizer}_{ranks}", mode, optimizer) for mode, optimizer in combinations]
+    for origin, mode in (
+        ("adamw", "fsdp"), (f"fsdp_adamw_{ranks}", "zero1"), (f"zero1_muon_{ranks}", "fsdp"),
+    ):  # fmt: skip
+        optimizer = "muon" if "muon" in origin else "adamw"
+        jobs.append(job(f"{origin}_then_{mode}_{ranks}", mode, optimizer, continues=origin))
+    launch(ranks, jobs, folder)
+    for made in jobs:
+        assert_same_run(folder / made["name"], folder / made["flags"]["optimizer"], world=ranks)
+    for origin in (f"zero1_muon_{ranks}_then_fsdp_{ranks}", f"zero1_adamw_{ranks}"):
+        optimizer = "muon" if "muon" in origin else "adamw"
+        do([job(f"{origin}_then_single", "ddp", optimizer, origin, at=MIDDLE)], folder)
+        assert_same_run(folder / f"{origin}_then_single", folder / optimizer, world=1)
+
+
+# ----------------------------------------------------------------------------- on ranks
+
+EVERY = list(itertools.product(MODES, OPTIMIZERS))
+
+
+def test_two_ranks_train_as_one_process_in_every_mode(folder):
+    check_runs(2, EVERY[:-1], folder)  # fsdp with muon, the slowest, only continues here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_number_of_ranks_trains_as_one_process_in_every_mode(folder, tmp_path, ranks):
+    for name in ("data", "items.jsonl", *OPTIMIZERS):
+        (tmp_path / name).symlink_to(folder / name)
+    check_runs(ranks, EVERY, tmp_path)
+    # as torch has it, in bf16, Muon turns gradients that differ in the last bit of fp32 into
+    # other updates: 4e-5 to 1.2e-4 was seen over modes and ranks
+    do([job("bf16", "ddp", "muon", precise=False)], tmp_path)
+    jobs = [job(f"bf16_{mode}_{ranks}", mode, "muon", precise=False) for mode in MODES]
+    launch(ranks, jobs, tmp_path)
+    reference = column(tmp_path / "bf16", "train_loss")
+    assert reference != column(tmp_path / "muon", "train_loss")  # which was kept in fp32
+    for made in jobs:
+        losses = column(tmp_path / made["name"], "train_loss")
+        assert losses == pytest.approx(reference, abs=3e-4), made["name"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_any_mode_and_ranks_continues_under_any_other(folder):
+    """The whole cross table: 0 (no torchrun), 1, 2 and 4 ranks, each mode, to the same again."""
+    written, plain = (
+        {},
+        {"hellaswag_every": 0, "sample_every": 0, "max_steps": 4, "checkpoint_every": 2},
+    )
+
+    def on_ranks(ranks, jobs):
+        launch(ranks, jobs, folder) if ranks else do(jobs, folder)
+
+    for ranks in (0, 1, 2, 4):
+        combinations = itertools.product(MODES if ranks else ("ddp",), OPTIMIZERS)
+        jobs = [
+            job(f"x_{m}_{o}_{ranks}", m, o, max_steps=4, checkpoint_every=2, **plain)
+            for m, o in combinations
+        ]
+        on_ranks(ranks, jobs)
+        written |= {j["name"]: j["flags"]["optimizer"] for j in jobs}
+    for ranks in (0, 1, 2, 4):
+        jobs = [
+            job(f"{origin}_to_{mode}_{ranks}", mode, o, origin, at=2, **plain)
+            for (origin, o), mode in itertools.product(written.items(), MODES)
+        ]
+        on_ranks(ranks, jobs)
+        for j in jobs:
+            run, reference = folder / j["name"], folder / f"x_ddp_{j['flags']['optimizer']}_0"
+            assert log(run, "event")[-1]["step"] == 2
+            for key in ("train_loss", "val_loss"):
+                assert column(run, key) == pytest.approx(column(reference, key), abs=1e-5)
+            shutil.rmtree(run)
+
+
+def precisions(ranks):
+    """fp16 with a loss scale that overflows at first, bf16, and compiled, in every mode."""
+    flags = dict(max_steps=12, val_tokens=64, hellaswag_every=0, sample_every=0, lr=1e-3)
+    for mode, optimizer in itertools.product(MODES, OPTIMIZERS):
+        for kind in ("float16", "bfloat16"):
+            yield job(f"{kind}_{mode}_{optimizer}_{ranks}", mode, optimizer, dtype=kind, **flags)
+        name = f"compiled_{mode}_{optimizer}_{ranks}"
+        yield job(name, mode, optimizer, compile="true", **flags)
+
+
+@pytest.mark.slow
+def test_every_mode_trains_in_fp16_with_loss_scaling_in_bf16_and_compiled(folder):
+    launch(2, list(precisions(2)), folder)
+    kinds = {"float16": 0.01, "bfloat16": 0.03, "compiled": 1e-4}
+    for optimizer in OPTIMIZERS:
+        do([j for j in precisions(0) if f"ddp_{optimizer}" in j["name"]], folder)
+        for mode, (kind, close) in itertools.product(MODES, kinds.items()):
+            run, one = (folder / f"{kind}_{m}_{optimizer}_{n}" for m, n in ((mode, 2), ("ddp", 0)))
+            for key in ("train_loss", "val_loss"):
+                ours, reference = column(run, key), column(one, key)
+                assert ours == pytest.approx(reference, abs=close), (run, key)
+                assert ours[-1] < ours[0]
+
+
+# ----------------------------------------------------------------------------- one process
+
+
+def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, pos="fire", tie_embeddings=False))
+    config = t.TrainConfig(optimizer="muon", lr=1e-3, muon_lr=2e-2, weight_decay=0.3)
+    adamw, muon = parallel.make_optimizers(model, config)
+    kinds = {}
+    for optimizer in (adamw, muon):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                assert id(p) not in kinds
+                kinds[id(p)] = (type(optimizer).__name__, group["weight_decay"], group["lr"])
+    for name, p in model.named_parameters():
+        matrix = p.dim() == 2
+        hidden = matrix and name.startswith("transformer.h.")
+        rate = 2e-2 if hidden else 1e-3
+        assert kinds[id(p)] == ("Muon" if hidden else "AdamW", 0.3 * matrix, pytest.approx(rate))
+
+
+def test_muon_moves_a_matrix_by_an_orthogonal_one_of_adamws_size():
+    """After one step from rest, W moves by 0.2 lr sqrt(max(m, n)) times a matrix whose singular
+    values are near 1 (Liu et al. 2025), so that its entries move by about 0.2 lr, whatever m, n."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=64, vocab_used=64, n_layer=1, n_head=2, n_embd=32))
+    config = t.TrainConfig(optimizer="muon", lr=1e-2, weight_decay=0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    idx = torch.randint(64, (2, 33))
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    for optimizer in parallel.make_optimizers(model, config):
+        optimizer.step()
+    for name, p in model.named_parameters():
+        if name.startswith("transformer.h.") and p.dim() == 2:
+            moved = (p - before[name]).detach()
+            size = 0.2 * 1e-2 * max(p.shape) ** 0.5
+            values = torch.linalg.svdvals(moved) / size
+            # the iteration ends between 0.7 and 1.2, and does not lift what is nearly 0
+            assert values.median() == pytest.approx(1, abs=0.3) and values.max() < 1.3, name
+
+
+def test_torch_without_muon_is_told_what_to_do(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match="pip install"):
+        parallel.make_optimizers(GPT(GPTConfig(n_layer=1)), t.TrainConfig(optimizer="muon"))
+
+
+def test_a_run_is_continued_by_its_own_optimizer_only(folder, tmp_path):
+    shutil.copytree(folder / "muon", tmp_path / "run")
+    made = t.Trainer(*configs(folder / "data", tmp_path / "run", **FLAGS, optimizer="adamw"))
+    with pytest.raises(ValueError, match="optimizer muon, this one has adamw"):
+        made.resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_checkpoint_is_the_plain_whole_model_and_state_by_name(folder, optimizer):
+    step = folder / optimizer / f"step_{STEPS:06d}"
+    model = GPT.from_checkpoint(step)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert {k: v.shape for k, v in load_file(step / "model.safetensors").items()} == shapes
+    moments = torch.load(step / "train_state.pt", weights_only=True)["optimizer"]
+    assert moments.keys() == shapes.keys()
+    for name, state in moments.items():
+        if optimizer == "muon" and name.startswith("transformer.h.") and len(shapes[name]) == 2:
+            assert state.keys() == {"momentum_buffer"}
+        else:
+            assert state.keys() == {"step", "exp_avg", "exp_avg_sq"} and state["step"] == STEPS
+        assert all(v.shape in (shapes[name], ()) for v in state.values())
+
+
+def test_a_state_that_lacks_a_parameter_is_refused(folder, tmp_path):
+    made = t.Trainer(*configs(folder / "data", tmp_path, **FLAGS))
+    made.step(0)
+    weights, moments = parallel.whole_state(made.model, made.optimizers, made.ranks)
+    del moments["transformer.ln_f.weight"]
+    with pytest.raises(ValueError, match=r"here lacks .* transformer\.ln_f\.weight"):
+        parallel.load_state(made.model, made.optimizers, weights, moments, "here")
+
+
+def test_a_run_folder_that_the_ranks_do_not_share_is_refused(folder, tmp_path, monkeypatch):
+    made = t.Trainer(*configs(folder / "data", tmp_path / "run", **FLAGS))
+    monkeypatch.setattr(made.ranks, "world", 2)
+    monkeypatch.setattr(made.ranks, "sum", lambda own: [own + 20])  # the other rank found step 20
+    with pytest.raises(ValueError, match="not all ranks find step 20"):
+        t.train(made)
+
+
+def test_fsdp_on_cuda_asks_for_a_micro_batch():
+    made = SimpleNamespace(
+        config=t.TrainConfig(parallel="fsdp"), model_config=GPTConfig(), batch_windows=8,
+        ranks=SimpleNamespace(world=2), device=torch.device("cuda"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="--micro_batch 1"):
+        t.Trainer.find_micro_batch(made)
+
+
+# ----------------------------------------------------------------------------- the formulas
+
+
+@pytest.fixture
+def eight_ranks():
+    """Rank 0 of 8 that do not exist: torch's stand-in whose collectives send nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    cpu = torch.device("cpu")
+    yield SimpleNamespace(rank=0, world=8, first=True, device=cpu, distributed=True)
+    torch.distributed.destroy_process_group()
+
+
+SMALL = GPTConfig(block_size=64, vocab_size=1024, vocab_used=1024, n_layer=3, n_head=4, n_embd=128)
+
+
+def test_largest_share_is_what_torch_deals_out(eight_ranks):
+    config = t.TrainConfig(parallel="zero1")
+    [optimizer] = parallel.make_optimizers(GPT(SMALL), config, eight_ranks)
+    mine = sum(p.numel() for p in parallel.parameters(optimizer.optim))  # the first has the most
+    assert parallel.largest_share(SMALL, 8) == mine
+    every = parallel.parameter_counts(SMALL)[0]
+    assert parallel.bytes_held(SMALL, "zero1", 8) == 8 * every + 8 * mine
+
+
+def test_fsdp_holds_an_eighth_between_steps(eight_ranks):
+    model = parallel.place(GPT(SMALL), "fsdp", eight_ranks, torch.float32)
+    mine = sum(p.to_local().numel() for p in model.parameters())
+    every, block, outside = parallel.parameter_counts(SMALL)
+    assert mine == pytest.approx(every / 8, rel=0.01)
+    extra = parallel.bytes_held(SMALL, "fsdp", 8) - 16 * every // 8
+    assert every == outside + 3 * block and extra == 8 * outside + 10 * block
+
+
+def test_bytes_are_those_of_rings():
+    N, B, rest = parallel.parameter_counts(SMALL)
+    for world in (1, 2, 8, 512):
+        share = (world - 1) / world
+        sent = {mode: parallel.bytes_sent(SMALL, mode, world, micro_steps=3) for mode in MODES}
+        assert sent["ddp"] == pytest.approx(share * 2 * N * 4, abs=1)
+        assert sent["zero1"] == pytest.approx(share * 3 * N * 4, abs=1)
+        # 3 times: each block's bf16 weights twice, the others in fp32, all gradients in fp32
+        once = 2 * 3 * B * 2 + rest * 4 + N * 4
+        assert sent["fsdp"] == pytest.approx(3 * share * once, abs=1)
+
+
+def test_readme_table_is_current():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    shown = re.search(r"<!-- scaling -->\n(.*)<!-- /scaling -->", readme, re.S)[1]
+    assert shown.splitlines() == parallel.table(), "run: python parallel.py, and paste its table"
+
+
+# ----------------------------------------------------------------------------- CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode, optimizer", EVERY)
+def test_every_mode_trains_on_cuda_as_one_process(folder, mode, optimizer):
+    """One rank per card, as many as there are up to 4, under nccl in bf16."""
+    cards = max(n for n in (1, 2, 4) if n <= torch.cuda.device_count())
+    flags = dict(device="cuda", dtype="bfloat16", max_steps=12)
+    name = f"cuda_{mode}_{optimizer}"
+    launch(cards, [job(name, mode, optimizer, precise=False, **flags)], folder)
+    do([job(f"{name}_single", mode, optimizer, precise=False, **flags)], folder)
+    for key in ("train_loss", "val_loss"):
+        ours, reference = column(folder / name, key), column(folder / f"{name}_single", key)
+        assert ours == pytest.approx(reference, abs=0.02)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    do(json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[1]))
+    parallel.Ranks("cpu").close()

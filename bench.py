@@ -17,11 +17,14 @@ the same predictions, the same token ids. Figures are medians over the rounds.
 import ast
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +39,9 @@ import torch
 import torch.multiprocessing as mp
 from tyro.conf import Positional
 
+import checkpoints
 import cli
+import fineweb
 import hellaswag
 import sample
 import train_gpt2
@@ -76,14 +81,20 @@ class BenchConfig:
     items: int = 40
     """hellaswag: items in a round, a random sample"""
     data: str = ""
-    """hellaswag: the validation file; empty = fetch the official one. fineweb: the source"""
+    """hellaswag: the validation file; empty = fetch the official one. fineweb: a folder of parquet
+    files; empty = the documentation inside the Python environment"""
     new_tokens: int = 256
     """generate: tokens after a prompt of 16"""
     workers: int = 2
     """fineweb: processes or threads of both sides"""
+    shard_tokens: int = 10_000_000
+    """fineweb: tokens in a shard of both sides"""
 
     def __post_init__(self):
-        for name in ("rounds", "n_layer", "n_embd", "block_size", "items", "new_tokens", "workers"):
+        for name in (
+            "rounds", "n_layer", "n_embd", "block_size", "items", "new_tokens", "workers",
+            "shard_tokens",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if min(self.micro_batch, self.micro_steps) < 0:
@@ -155,8 +166,11 @@ def serve(pipe, side, config):
                 torch.cuda.synchronize()
             pipe.send(("done", units, time.perf_counter() - begin))
         pipe.send(("closed", peak_memory(device) - before))
+    except EOFError:  # the other side failed, and with it the parent
+        pass
     except Exception as error:
-        pipe.send(("error", f"{side.__name__}: {error}", traceback.format_exc()))
+        name = getattr(side, "func", side).__name__
+        pipe.send(("error", f"{name}: {error}", traceback.format_exc()))
 
 
 def peak_memory(device):
@@ -192,11 +206,12 @@ def row(config, metric, ours, peer=None):
     """One figure, in the form of --out."""
     device = pick_device(config.device)
     cores = f"{os.cpu_count()} cores, {cpu_name()}"
+    versions = checkpoints.provenance()["versions"]
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
     return {
         "work": config.work, "metric": metric, "ours": ours, "peer": peer,
         "ratio": ours / peer if peer else None, "rounds": config.rounds, "machine": machine,
-        "versions": train_gpt2.versions() | {"peer": peer_name(config) if peer else None},
+        "versions": versions | {"peer": peer_name(config) if peer else None},
         "settings": dataclasses.asdict(config),
     }  # fmt: skip
 
@@ -238,12 +253,22 @@ def peer_code(path, **names):
     here = sys.modules.pop("hellaswag", None)  # build-nanogpt imports its own by this name
     sys.path.insert(0, str(Path(path).parent))
     try:
-        exec(compile(tree, str(path), "exec"), module.__dict__)
+        with tempfile.TemporaryDirectory() as folder:
+            cache_vocabulary(folder)
+            exec(compile(tree, str(path), "exec"), module.__dict__)
     finally:
         sys.path.pop(0)
         if here is not None:
             sys.modules["hellaswag"] = here
     return module
+
+
+def cache_vocabulary(folder):
+    """Put GPT-2's vocabulary where the peer's tiktoken looks before it asks the network."""
+    for name, source in fineweb.gpt2_vocabulary().items():
+        key = hashlib.sha1((fineweb.GPT2_URL + name).encode()).hexdigest()
+        shutil.copy(source, Path(folder, key))
+    os.environ["TIKTOKEN_CACHE_DIR"] = folder
 
 
 def peer_gpt(config, name):
@@ -434,6 +459,92 @@ def peer_scores(config):
     return once_then(predictions, lambda: len(predictions()))
 
 
+# ----------------------------------------------------------------------------- fineweb
+
+
+STUB = """
+import glob, os
+import pyarrow.parquet as pq
+os.cpu_count = lambda: 2 * {workers}  # build-nanogpt starts a process on half the cores
+
+def load_dataset(*args, **kwargs):
+    for path in sorted(glob.glob({data!r} + "/*.parquet")):
+        for batch in pq.ParquetFile(path).iter_batches(512, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                yield {{"text": text}}
+"""
+
+
+def tokenize(config):
+    """Whole commands, from parquet files to shards on the disk."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        if not config.data:
+            config.data = pydocs_parquet(folder)
+        kinds = ["tiktoken", "tokie"] if fineweb.get_tokie() else ["tiktoken"]
+        for kind in kinds:
+            ours = functools.partial(we_tokenize, tokenizer=kind)
+            peer = peer_tokenizes if config.peer else None
+            agree = functools.partial(same, "a shard's bytes")
+            rows += duel(config, f"Mtok/s with {kind}", ours, peer, agree)
+    return rows
+
+
+def pydocs_parquet(folder):
+    """The offline corpus as a parquet file, which is all that the peer's stand-in reads."""
+    import pyarrow.json
+    import pyarrow.parquet
+
+    table = pyarrow.json.read_json(fineweb.write_pydocs(folder))
+    pyarrow.parquet.write_table(table, f"{folder}/pydocs.parquet", row_group_size=1000)
+    return folder
+
+
+def we_tokenize(config, tokenizer):
+    with tempfile.TemporaryDirectory() as folder:
+        yield from tokenize_by(
+            [Path(__file__).with_name("fineweb.py"), f"--source={config.data}", "--out=shards",
+             f"--tokenizer={tokenizer}", f"--workers={config.workers}",
+             f"--shard_tokens={config.shard_tokens}", f"--val_tokens={config.shard_tokens}"],
+            folder, "shards",
+        )  # fmt: skip
+
+
+def peer_tokenizes(config):
+    """build-nanogpt's fineweb.py as it stands, but for its source, its place and shard size."""
+    path = Path(config.peer) / "fineweb.py"
+    code = path.read_text()
+    if code.count("int(1e8)") != 1:
+        raise ValueError(f"{path} does not set its shard size to int(1e8)")
+    with tempfile.TemporaryDirectory() as folder:
+        stub = STUB.format(workers=config.workers, data=os.path.abspath(config.data))
+        Path(folder, "datasets.py").write_text(stub)
+        Path(folder, "fineweb.py").write_text(code.replace("int(1e8)", str(config.shard_tokens)))
+        cache_vocabulary(folder)
+        yield from tokenize_by(["fineweb.py"], folder, "edu_fineweb10B")
+
+
+def tokenize_by(command, folder, out):
+    """A side: its shards' hashes, then millions of tokens a round."""
+
+    def run():
+        shutil.rmtree(Path(folder, out), ignore_errors=True)
+        done = subprocess.run(
+            [sys.executable, *command], cwd=folder, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise ValueError(done.stderr.strip().splitlines()[-1])
+        return sorted(Path(folder, out).glob("*.npy"))
+
+    def hashes():
+        return [(path.name, fineweb.sha256(path)) for path in run()]
+
+    def millions():
+        return sum(len(fineweb.open_shard(str(path))) for path in run()) / 1e6
+
+    return once_then(hashes, millions)
+
+
 # ----------------------------------------------------------------------------- generate
 
 
@@ -529,7 +640,10 @@ def pass_over_blocks(config, window):
 
 # ----------------------------------------------------------------------------- main
 
-WORKS = {"train": train, "hellaswag": score, "generate": generate, "scaling": scaling}
+WORKS = {
+    "train": train, "hellaswag": score, "fineweb": tokenize, "generate": generate,
+    "scaling": scaling,
+}  # fmt: skip
 
 
 def table(rows):

@@ -290,7 +290,8 @@ def bytes_sent(config, parallel, world, micro_steps=1, width=2):
     """Bytes one rank sends in an optimizer step, by ring algorithms: gathering, scattering or
     broadcasting a tensor sends (world - 1) / world of it, an all-reduce twice that.
 
-    ddp all-reduces fp32 gradients, zero1 then broadcasts the fp32 weights; fsdp, in every
+    ddp all-reduces fp32 gradients, zero1 then broadcasts the fp32 weights (on average over the
+    ranks: the one that owns the embedding sends more); fsdp, in every
     micro-step, gathers the blocks in bf16 (width 4: fp32) forward and backward and the rest in
     fp32 once, and scatters fp32 gradients."""
     every, block, outside = parameter_counts(config)

@@ -385,7 +385,7 @@ def peer_trains(config):
     def batch(i):
         first = (i * config.micro_batch) % (windows.count - config.micro_batch + 1)
         x, y = windows.read(np.arange(first, first + config.micro_batch))
-        return x.to(device), y.to(device)
+        return x.contiguous().to(device), y.contiguous().to(device)
 
     half = autocast(device, pick_dtype(config.dtype, device))
     with torch.no_grad(), half:

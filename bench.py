@@ -421,6 +421,7 @@ def matrix_rate(config, device):
 
 
 def score(config):
+    hellaswag.load_items(config.data, config.items)  # a bad file is named before anything starts
     peer = peer_scores if config.peer else None
     agree = functools.partial(same, "the predictions of acc_norm")
     return duel(config, "items/s", we_score, peer, agree)
@@ -481,6 +482,8 @@ def tokenize(config):
     with tempfile.TemporaryDirectory() as folder:
         if not config.data:
             config.data = pydocs_parquet(folder)
+        if not list(Path(config.data).glob("*.parquet")):
+            raise ValueError(f"no parquet file in {config.data}; leave --data out to use pydocs")
         kinds = ["tiktoken", "tokie"] if fineweb.get_tokie() else ["tiktoken"]
         for kind in kinds:
             ours = functools.partial(we_tokenize, tokenizer=kind)
@@ -660,8 +663,11 @@ def table(rows):
 
 def main():
     config = cli.parse(BenchConfig)
-    if config.peer and config.work != "scaling":
+    pick_device(config.device)
+    if config.peer:
         peer_name(config)
+    if config.out:
+        os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
     rows = WORKS[config.work](config)
     print(table(rows))
     if config.out:

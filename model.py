@@ -463,20 +463,23 @@ def window_masks(pos, window, wpe, doc=None):
     """attention_mask for a sliding window over the positions pos (T,), in chunks: a list of
     (slice of queries, slice of the keys they reach, mask), so that time and memory grow with
     T window, not T^2. doc (B, T) if attention keeps within documents."""
-    T, masks = len(pos), []
-    plain = type(wpe).bias is NoPosition.bias and doc is None
-    step = max(128, T // 16)
-    # the first queries reach all keys before them: as one chunk, torch's causal kernel takes them
-    edges = [0, *range(window if plain else step, T, step), T]
-    for start, end in itertools.pairwise(edges):
-        rows, keys = slice(start, end), slice(max(0, start - window + 1), end)
-        if plain and start == 0:
+    masks, plain = [], type(wpe).bias is NoPosition.bias and doc is None
+    for rows, keys in window_chunks(len(pos), window, plain):
+        if plain and rows.start == 0:
             masks.append((rows, keys, None))
             continue
         docs = () if doc is None else (doc[:, rows], doc[:, keys])
         bias = wpe.bias(pos[rows], pos[keys])
         masks.append((rows, keys, attention_mask(pos[rows], pos[keys], window, bias, *docs)))
     return masks
+
+
+def window_chunks(T, window, plain):
+    """[(slice of queries, slice of keys)]. plain: nothing but the window masks, so that the first
+    queries, which reach all keys before them, are one chunk for torch's causal kernel."""
+    step = max(128, T // 16)
+    edges = [0, *range(window if plain else step, T, step), T]
+    return [(slice(a, b), slice(max(0, a - window + 1), b)) for a, b in itertools.pairwise(edges)]
 
 
 def sdpa(q, k, v, mask, dropout):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cli
-from model import FIRE, POSITIONS, GPTConfig, attention_mask, linformer_mask
+from model import FIRE, POSITIONS, GPTConfig, attention_mask, linformer_mask, window_chunks
 
 BYTES = 2  # of a number in bf16
 
@@ -67,10 +67,17 @@ def kv_bytes_per_token(config):
 def mask_bytes(config):
     """Bytes of bias and mask of a forward pass at T = block_size, shared by all layers."""
     c, T = config, config.block_size
-    if POSITIONS[c.pos].bias is not POSITIONS["none"].bias:
-        hidden = FIRE.HIDDEN * 4 * T * T if c.pos == "fire" else 0
-        return c.n_head * T * T * 4 + hidden
-    return T * T if c.window and c.window < T else 0
+    has_bias, total = POSITIONS[c.pos].bias is not POSITIONS["none"].bias, 0
+    for window in {w if w < T else 0 for w in c.windows}:
+        chunks = [(slice(0, T), slice(0, T))]
+        if window:
+            chunks = window_chunks(T, window, plain=not has_bias)
+        pairs = sum((q.stop - q.start) * (k.stop - k.start) for q, k in chunks)
+        if not has_bias:
+            total += pairs - window**2 if window else 0  # the first chunk needs no mask
+        else:
+            total += pairs * 4 * (c.n_head + (FIRE.HIDDEN if c.pos == "fire" else 0))
+    return total
 
 
 # ----------------------------------------------------------------------------- the table
@@ -139,7 +146,7 @@ def table():
         if c.document_mask:
             memory = "1 MiB a sequence"
         else:
-            memory = f"{extra / 2**20:,.0f} MiB" if extra else "-"
+            memory = f"{extra / 2**20:,.{0 if extra > 2**20 else 2}f} MiB" if extra else "-"
         lines.append(
             f"| {name} | {parameters(c) / 1e6:.2f}M | {flops_per_token(c) / 1e6:,.0f}M | "
             f"{kv_bytes_per_token(c):,} | {memory} | {paper} | {buys} | {pitfalls} |"

@@ -123,6 +123,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not self.lr > 0:
             raise ValueError(f"lr is {self.lr}; it must be above 0")
+        if not self.run_dir:
+            raise ValueError("run_dir is empty; name a folder, such as --run_dir runs/mine")
 
 
 # ----------------------------------------------------------------------------- set-up
@@ -604,7 +606,9 @@ class Trainer:
 
 
 def divisors(n):
-    return [d for d in range(1, n + 1) if n % d == 0]
+    """All of them, rising."""
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})
 
 
 # ----------------------------------------------------------------------------- what is logged
@@ -632,7 +636,8 @@ def due(every, done, last):
 
 def train(trainer):
     """The whole run, or what is left of it."""
-    config, ranks, run = trainer.config, trainer.ranks, Path(trainer.config.run_dir)
+    config, ranks, last = trainer.config, trainer.ranks, trainer.max_steps
+    run = Path(config.run_dir)
     with checkpoints.sole_user(run, ranks.first):
         start = trainer.resume(run)
         log = checkpoints.Log(run, start, ranks.first)
@@ -644,102 +649,126 @@ def train(trainer):
             parameters=trainer.model.num_params(), **checkpoints.provenance(), seed=config.seed,
             device=str(trainer.device), dtype=str(trainer.dtype)[6:], world=ranks.world,
         )  # fmt: skip
-        train_from(start, trainer, run, log)
+        examples = load_examples(config, ranks)
+        kinds = ("val_loss", "hellaswag_acc", "samples")
+        known = ranks.sum(*[kind in log.evaluated for kind in kinds])  # to the first rank alone
+        known = [kind for kind, there in zip(kinds, known, strict=True) if there]
+        evaluate(trainer, examples, log, start, known)
+        if start >= last:
+            log.say(f"{run} is finished at step {start}; more steps: --max_steps N")
+
+        meter = Meter(trainer, log, start)
+        with checkpoints.StopSignal(ranks.first) as signal:
+            for done in range(start + 1, last + 1):
+                meter.waiting.append((done, trainer.launch(done - 1, signal.number)))
+                stop = meter.read()
+                if stop or due(config.checkpoint_every, done, last):
+                    save(trainer, run, log, done, must=stop or done == last)
+                if stop:
+                    log.say(f"stopped after step {done}; the same command continues {run} there")
+                    sys.exit(signal.status())
+                # after the checkpoint: a kill in here costs no step
+                evaluate(trainer, examples, log, done)
+                meter.skip_pause()
+        log.say(f"next: python sample.py {run} --prompt 'Once upon a time'")
+        log.say(f"      python hellaswag.py {run}")
 
 
-def train_from(start, trainer, run, log):
-    config, ranks, last = trainer.config, trainer.ranks, trainer.max_steps
-    flops = trainer.model.flops_per_token()
-    peak = peak_flops(trainer.device)
-    examples = []
-    if config.hellaswag_every:
-        load = functools.partial(
-            hellaswag.load_items, config.hellaswag_data, config.hellaswag_limit, config.seed
+def load_examples(config, ranks):
+    if not config.hellaswag_every:
+        return []
+    load = functools.partial(
+        hellaswag.load_items, config.hellaswag_data, config.hellaswag_limit, config.seed
+    )
+    return hellaswag.tokenize_items(ranks.first_alone(load), "completion")
+
+
+def evaluate(trainer, examples, log, done, known=()):
+    """What is due after `done` updates and not `known` yet: validation, HellaSwag, samples."""
+    config, last = trainer.config, trainer.max_steps
+
+    def wanted(every, kind):
+        return due(every, done, last) and kind not in known
+
+    if wanted(config.eval_every, "val_loss"):
+        loss = trainer.validate()
+        log.write(step=done, val_loss=loss)
+        log.say(f"{done:>6}/{last} validation loss {loss:.4f}")
+    if examples and done and wanted(config.hellaswag_every, "hellaswag_acc"):
+        score = trainer.hellaswag(examples)
+        log.write(step=done, **{f"hellaswag_{k}": v for k, v in score.items()})
+        log.say(
+            f"{done:>6}/{last} HellaSwag acc_norm {score['acc_norm']:.4f} "
+            f"± {score['se']:.4f} (n {score['n']:,})"
         )
-        examples = hellaswag.tokenize_items(ranks.first_alone(load), "completion")
-    average, begin = None, 0.0
+    if config.sample_every and wanted(config.sample_every, "samples"):
+        samples = trainer.sample()
+        log.write(step=done, samples=samples)
+        for text in samples:
+            log.say(f"sample > {' '.join(text.split())}")
 
-    def report(done, read):
-        """Read the numbers of a step and log them -> whether any rank was told to stop."""
-        nonlocal average, begin
+
+def save(trainer, run, log, done, must):
+    """Save a checkpoint; one that fails stops the run only if it must be there."""
+    try:
+        trainer.save(done, run, log)
+    except OSError as error:
+        if must:
+            raise
+        log.say(f"warning: {error}; training goes on until the next checkpoint")
+        log.write(event="save failed", step=done, error=str(error))
+
+
+class Meter:
+    """Takes the steps' numbers from the device to the log.
+
+    waiting: steps done or under way, (number, function that reads its numbers). A card is at its
+    next step while the host reads those of the one before."""
+
+    def __init__(self, trainer, log, start):
+        self.trainer, self.log, self.first = trainer, log, start + 1
+        self.waiting, self.begin, self.average = [], time.perf_counter(), None
+        self.peak, self.flops = peak_flops(trainer.device), trainer.model.flops_per_token()
+
+    def read(self):
+        """Log the steps but the last, and that too on CPU or if something else is due after it ->
+        whether any rank was told to stop."""
+        config, (done, _), stop = self.trainer.config, self.waiting[-1], False
+        intervals = (
+            config.eval_every, config.hellaswag_every, config.sample_every, config.checkpoint_every,
+        )  # fmt: skip
+        now = self.trainer.device.type != "cuda"
+        now = now or any(due(every, done, self.trainer.max_steps) for every in intervals)
+        while self.waiting and (now or stop or len(self.waiting) > 1):
+            stop = self.report(*self.waiting.pop(0)) or stop
+        return stop
+
+    def report(self, done, read):
+        config, last = self.trainer.config, self.trainer.max_steps
         loss, norm, stop = read()
-        seconds = time.perf_counter() - begin
-        begin += seconds
+        seconds = time.perf_counter() - self.begin
+        self.begin += seconds
+        self.average = 0.9 * (self.average or seconds) + 0.1 * seconds
         rate, speed = learning_rate(done - 1, config, last), config.total_batch_tokens / seconds
-        average = seconds if average is None else 0.9 * average + 0.1 * seconds
-        mfu = flops * speed / (peak * ranks.world) if peak else None
-        note = log.step(
+        world = self.trainer.ranks.world
+        mfu = self.flops * speed / (self.peak * world) if self.peak else None
+        note = self.log.step(
             step=done, train_loss=loss, lr=rate, grad_norm=norm,
             tokens=done * config.total_batch_tokens, tok_per_s=speed, mfu=mfu,
         )  # fmt: skip
-        if done == start + 1 or note or due(config.print_every, done, last):
-            log.say(
+        if done == self.first or note or due(config.print_every, done, last):
+            self.log.say(
                 f"{done:>6}/{last} loss {loss:.4f} lr {rate:.1e} norm {norm:.2f} "
-                f"{short(speed)} tok/s mfu {f'{mfu:.1%}' if peak else 'unknown card'} "
-                f"eta {clock(average * (last - done))}{note}"
+                f"{short(speed)} tok/s mfu {f'{mfu:.1%}' if mfu else 'unknown card'} "
+                f"eta {clock(self.average * (last - done))}{note}"
             )
-        log.check_skipped(trainer.scaler.is_enabled())
+        self.log.check_skipped(self.trainer.scaler.is_enabled())
         return bool(stop)
 
-    def save(done, must):
-        try:
-            trainer.save(done, run, log)
-        except OSError as error:
-            if must:
-                raise
-            log.say(f"warning: {error}; training goes on until the next checkpoint")
-            log.write(event="save failed", step=done, error=str(error))
-
-    def evaluate(done, logged=()):
-        """What is due after `done` updates and not `logged`: validation, HellaSwag, samples."""
-        if due(config.eval_every, done, last) and "val_loss" not in logged:
-            loss = trainer.validate()
-            log.write(step=done, val_loss=loss)
-            log.say(f"{done:>6}/{last} validation loss {loss:.4f}")
-        if (
-            examples and done and due(config.hellaswag_every, done, last)
-            and "hellaswag_acc" not in logged
-        ):  # fmt: skip
-            score = trainer.hellaswag(examples)
-            log.write(step=done, **{f"hellaswag_{k}": v for k, v in score.items()})
-            log.say(
-                f"{done:>6}/{last} HellaSwag acc_norm {score['acc_norm']:.4f} "
-                f"± {score['se']:.4f} (n {score['n']:,})"
-            )
-        if (
-            config.sample_every and due(config.sample_every, done, last)
-            and "samples" not in logged
-        ):  # fmt: skip
-            samples = trainer.sample()
-            log.write(step=done, samples=samples)
-            for text in samples:
-                log.say(f"sample > {' '.join(text.split())}")
-
-    kinds = ("val_loss", "hellaswag_acc", "samples")
-    known = ranks.sum(*[kind in log.evaluated for kind in kinds])  # to the first rank alone
-    evaluate(start, [kind for kind, there in zip(kinds, known, strict=True) if there])
-    if start >= last:
-        log.say(f"{run} is finished at step {start}; more steps: --max_steps N")
-    intervals = (
-        config.eval_every, config.hellaswag_every, config.sample_every, config.checkpoint_every,
-    )  # fmt: skip
-    with checkpoints.StopSignal(ranks.first) as signal:
-        begin, waiting, stop = time.perf_counter(), [], False
-        for done in range(start + 1, last + 1):
-            waiting.append((done, trainer.launch(done - 1, signal.number)))
-            # a card is at its next step while the host reads the numbers of the one before
-            now = trainer.device.type != "cuda" or any(due(n, done, last) for n in intervals)
-            while waiting and (len(waiting) > 1 or now or stop):
-                stop = report(*waiting.pop(0)) or stop
-            if stop or due(config.checkpoint_every, done, last):
-                save(done, must=stop or done == last)
-            if stop:
-                log.say(f"stopped after step {done}; the same command continues {run} from there")
-                sys.exit(signal.status())
-            evaluate(done)  # after the checkpoint: a kill in here costs no step
-            begin = time.perf_counter() if now else begin
-    log.say(f"next: python sample.py {run} --prompt 'Once upon a time'")
-    log.say(f"      python hellaswag.py {run}")
+    def skip_pause(self):
+        """Leave what came after the last step out of the next one's time."""
+        if not self.waiting:
+            self.begin = time.perf_counter()
 
 
 def peak_flops(device):

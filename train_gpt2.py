@@ -100,6 +100,8 @@ class TrainConfig:
     """how many of the newest checkpoints stay; 0 = all"""
     print_every: int = 10
     """steps between progress lines; log.jsonl has every step"""
+    plot: bool = True
+    """draw run_dir/curve.png at each validation, where matplotlib is installed"""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from run_dir's latest checkpoint if there is one"""
     overfit_single_batch: bool = False
@@ -646,7 +648,8 @@ def train(trainer):
         log.write(
             event="resume" if start else "start", step=start,
             config=asdict(trainer.model_config) | asdict(config),
-            parameters=trainer.model.num_params(), **checkpoints.provenance(), seed=config.seed,
+            parameters=trainer.model.num_params(), steps=last, data_sha256=trainer.data_sha256,
+            **checkpoints.provenance(), seed=config.seed,
             device=str(trainer.device), dtype=str(trainer.dtype)[6:], world=ranks.world,
         )  # fmt: skip
         examples = load_examples(config, ranks)
@@ -692,7 +695,7 @@ def evaluate(trainer, examples, log, done, known=()):
 
     if wanted(config.eval_every, "val_loss"):
         loss = trainer.validate()
-        log.write(step=done, val_loss=loss)
+        log.write(step=done, val_loss=loss, peak_memory_bytes=peak_memory(trainer.device))
         log.say(f"{done:>6}/{last} validation loss {loss:.4f}")
     if examples and done and wanted(config.hellaswag_every, "hellaswag_acc"):
         score = trainer.hellaswag(examples)
@@ -706,6 +709,8 @@ def evaluate(trainer, examples, log, done, known=()):
         log.write(step=done, samples=samples)
         for text in samples:
             log.say(f"sample > {' '.join(text.split())}")
+    if config.plot and due(config.eval_every, done, last):
+        log.draw()
 
 
 def save(trainer, run, log, done, must):
@@ -769,6 +774,18 @@ class Meter:
         """Leave what came after the last step out of the next one's time."""
         if not self.waiting:
             self.begin = time.perf_counter()
+
+
+def peak_memory(device):
+    """The most bytes this process has held so far: on the card, or in all on other devices."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_flops(device):

@@ -58,6 +58,7 @@ total_batch_tokens = 64
 max_steps = 1
 val_tokens = 32
 sample_every = 0
+plot = false
 warmup_steps = 0
 """
 ITEM = {
@@ -293,7 +294,18 @@ CASES = {
         ("train_gpt2 c.toml --lr", nothing, ["--lr needs a value"]),
         ("hf step", nothing, ["out"], "hf llama --out out/x"),
         ("sample", nothing, ["Missing", "run folder", "hub name"], SAMPLE),
-        ("compare", nothing, ["name one run folder or more"]),
+        ("compare", nothing, ["name config files to train, or run folders"]),
+        ("compare run c.toml", nothing, ["config files (.toml) or run folders, not both"]),
+        ("compare c.toml c.toml", nothing, ["two of the inputs are called c"]),
+        ("compare c.toml --seeds 0", nothing, ["seeds must be 1 or more"]),
+        ("compare c.toml --match size", nothing, ["none", "params"]),
+        ("compare c.toml --run_dir x", nothing, ["--run_dir", "leave it out"]),
+        ("compare c.toml --n_haed 2", nothing, ["--n_haed", "did you mean n_head?"]),
+        ("compare c.toml --n_head 3", nothing, ["n_embd", "n_head 3"]),
+        ("compare run --lr 1e-3", nothing, ["--lr=1e-3 has no effect on finished runs"]),
+        ("compare c.toml --report_only true --out out", nothing, ["no run in out has begun yet"]),
+        ("compare nowhere.toml", nothing, ["cannot read config nowhere.toml"]),
+        ("compare c.toml --base note.txt", nothing, ["note.txt is not a TOML config"]),
         ("fineweb info", nothing, ["fineweb.py info DIR"], INFO),
         ("sample step stray", nothing, ["stray"]),
     ],

@@ -636,7 +636,7 @@ def test_an_id_beyond_the_vocabulary_is_found_where_it_is_read(here):
     """The first 65,536 of every shard are checked at the start, the rest as it is read."""
     shard(NPY, [7] * 70000 + [60000] + [7] * 99)
     config = train_gpt2.TrainConfig(data_dir="data")
-    windows = train_gpt2.open_windows(config, "train", 16, 50304)
+    windows = train_gpt2.open_windows(config, "train", GPTConfig(block_size=16))
     windows.read([0, 4373])
     with pytest.raises(ValueError, match=rf"{NPY} holds id 60000 at 70000"):
         windows.read([0, 4374])

@@ -8,8 +8,8 @@
 
 Text -> shards of GPT-2 token ids. The end-of-text id, the last of the vocabulary (50256), stands
 before every document, documents keep the source's order and run on from one shard into the next,
-shard 0 is val.
-Kill it at any time: the same command continues, and the shards come out byte for byte the same.
+shard 0 is val. Kill it at any time: the same command continues, and the shards come out byte for
+byte the same.
 
     source --read--> Record --encode, in threads--> Batch --cut--> shards + manifest.json
 """

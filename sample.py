@@ -12,8 +12,8 @@ import torch
 from tyro.conf import Positional
 
 import cli
-from fineweb import EOT, get_tokenizer, has_gpt2_vocabulary
-from hf import Tokenizer
+from fineweb import EOT, get_tokenizer
+from hf import own_tokenizer
 from model import GPT, autocast, pick_device, pick_dtype
 
 
@@ -53,8 +53,8 @@ class SampleConfig:
 def sample(model, prompt, config, own=None):
     """Continue a prompt -> a list of num_samples texts, the prompt left out.
 
-    Tokens after a sample's end-of-text token are not part of it. own: the model's hf.Tokenizer,
-    if its vocabulary is not GPT-2's."""
+    Tokens after a sample's end-of-text token are not part of it. own: the model's
+    hf.own_tokenizer, unless its vocabulary is GPT-2's."""
     tokenizer, eot = (own, own.eot) if own else (get_tokenizer(), EOT)
     device = next(model.parameters()).device
     ids = tokenizer.encode(prompt, allowed_special="all") or [0 if eot is None else eot]
@@ -105,7 +105,7 @@ def decoder(model, dtype, rows):
 def main():
     config = cli.parse(SampleConfig)
     model = GPT.from_checkpoint(config.checkpoint).to(pick_device(config.device)).eval()
-    own = None if has_gpt2_vocabulary(model.config) else Tokenizer(config.checkpoint)
+    own = own_tokenizer(config.checkpoint, model.config)
     for text in sample(model, config.prompt, config, own):
         print(config.prompt + text)
         print("-" * 80)

@@ -162,7 +162,7 @@ def test_learned_positions_end_at_block_size_and_relative_ones_do_not(capsys):
 def checkpoint(tmp_path_factory):
     """A run folder whose latest step holds the model of letters."""
     run = tmp_path_factory.mktemp("run")
-    model = letters()
+    model = letters(vocab_used=50257)
     for step, weights in ((1, random_model(tie_embeddings=False)), (2, model)):
         folder = run / f"step_{step:06d}"
         folder.mkdir()

@@ -10,6 +10,7 @@ otherwise are compared alike, those named seed_N as one config's seeds.
     OUT/runs/NAME/seed_S/                    the runs, as train_gpt2.py leaves them
     OUT/results.md, results.json             the table, from their logs alone
     OUT/curves.png, curves.svg               needs matplotlib; more than one seed needs scipy too
+    OUT/lengths.md, lengths.json             --lengths: the loss at longer contexts than trained
 """
 
 import contextlib
@@ -33,9 +34,9 @@ from tyro.conf import Positional
 import checkpoints
 import cli
 import switches
-from fineweb import write_beside
-from model import GPTConfig
-from train_gpt2 import TrainConfig, clock, short
+from fineweb import load_shards, match_vocabulary, write_beside
+from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
+from train_gpt2 import TrainConfig, Windows, clock, short
 
 # acc_norm of all 10,042 items by the completion protocol; GPT-3's is its paper's, for 124M
 HELLASWAG_MARKS = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
@@ -57,6 +58,8 @@ class CompareConfig:
     """params sets mlp_hidden so that every config has the first one's parameters within 1%"""
     jobs: int = 0
     """runs at a time; 0 = one per GPU, on CPU one"""
+    lengths: str = ""
+    """score the last checkpoints at multiples of their context too, such as 1,2,4: lengths.md"""
     report_only: bool = False
     """train nothing: write the table and curves of what is finished"""
 
@@ -69,6 +72,12 @@ class CompareConfig:
         if len(is_toml) > 1:
             raise ValueError("give config files (.toml) or run folders, not both at once")
         self.trains = is_toml.pop()
+        try:
+            self.multiples = [int(text) for text in self.lengths.split(",")] if self.lengths else []
+        except ValueError:
+            self.multiples = [0]
+        if min(self.multiples, default=1) < 1:
+            raise ValueError(f"lengths is {self.lengths}; give whole numbers, such as 1,2,4")
         names = [name_of(path) for path in self.inputs]
         for name in names:
             if names.count(name) > 1:
@@ -421,6 +430,62 @@ def plot(axis, x, runs, key, name):
         axis.fill_between(x, *band, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
+# ----------------------------------------------------------------------------- longer contexts
+
+
+def score_lengths(groups, multiples):
+    """{name: Runs} -> {name: {context: [loss of each seed]}} in nats: the last checkpoints
+    on the same validation tokens, cut into longer windows. None where positions end."""
+    found = {}
+    for name, runs in groups.items():
+        found[name] = {}
+        for T in [runs[0].config["block_size"] * k for k in multiples]:
+            losses = [score_length(run, T) for run in runs]
+            found[name][T] = None if None in losses else losses
+    return found
+
+
+def score_length(run, T):
+    """The validation loss of a run's last checkpoint in windows of T tokens, or None."""
+    import torch
+
+    model = GPT.from_checkpoint(run.folder)
+    if model.config.block_size < T and not model.transformer.wpe.extrapolates:
+        return None
+    device = pick_device(run.config.get("device", "auto"))
+    model = model.to(device).eval()
+    data_dir = run.config["data_dir"]
+    vocab = match_vocabulary(data_dir, model.config)
+    val = Windows(load_shards(data_dir, "val"), T, vocab)
+    count = min(run.config["val_tokens"] // T, val.count)
+    if not count:
+        raise ValueError(f"{run.folder} validates on fewer than {T} tokens; give shorter --lengths")
+    total, size = 0.0, max(1, 8192 // T)
+    with torch.no_grad(), autocast(device, pick_dtype(run.config.get("dtype", "auto"), device)):
+        for begin in range(0, count, size):
+            x, y = val.read(np.arange(begin, min(begin + size, count)))
+            total += model(x.to(device), y.to(device))[1].item() * len(x)
+    return total / count
+
+
+def lengths_table(found):
+    """score_lengths()'s dict -> lengths.md."""
+    lengths = list(next(iter(found.values())))
+    lines = [["config", *(f"T = {T:,}" for T in lengths)], ["---"] * (1 + len(lengths))]
+    for name, losses in found.items():
+        cells = [name]
+        for T in lengths:
+            seeds = losses.get(T)
+            spread = f" ± {statistics.stdev(seeds):.4f}" if seeds and len(seeds) > 1 else ""
+            cells.append(f"{statistics.fmean(seeds):.4f}{spread}" if seeds else "-")
+        lines.append(cells)
+    note = (
+        "Validation loss of the last checkpoints at contexts up to and beyond the trained one, the "
+        "same tokens at every length, mean ± standard deviation over seeds."
+    )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{note}\n"
+
+
 # ----------------------------------------------------------------------------- training them
 
 
@@ -593,23 +658,29 @@ def last_line(path):
 # ----------------------------------------------------------------------------- main
 
 
-def report(groups, out, match):
-    """Write results.json, results.md and the curves of {name: Runs}, and print the table."""
+def report(groups, config):
+    """Write all that OUT holds about {name: Runs}, and print the table."""
     check_runs(groups)
     finished = {name: [run for run in runs if run.finished] for name, runs in groups.items()}
     unfinished = [str(run.folder) for runs in groups.values() for run in runs if not run.finished]
     finished = {name: runs for name, runs in finished.items() if runs}
     if next(iter(groups)) not in finished:
         raise ValueError(f"{next(iter(groups))} has no finished run yet: nothing to compare with")
-    found = results(finished)
-    text = table(found, match, unfinished)
+    found, out = results(finished), Path(config.out)
+    files = {
+        "results.md": table(found, config.match, unfinished),
+        "results.json": json.dumps(found, indent=1),
+    }
     out.mkdir(parents=True, exist_ok=True)
     draw(finished, out / "curves")
-    for name, content in (("results.md", text), ("results.json", json.dumps(found, indent=1))):
+    if config.multiples:
+        losses = score_lengths(finished, config.multiples)
+        files |= {"lengths.md": lengths_table(losses), "lengths.json": json.dumps(losses, indent=1)}
+    for name, content in files.items():
         with write_beside(str(out / name)) as file:
             file.write(content.encode())
     print_short(found)
-    print(f"written: {out}/results.md, results.json, curves.png, curves.svg")
+    print(f"written to {out}: {', '.join(files)}, curves.png, curves.svg")
 
 
 def print_short(found):
@@ -645,20 +716,19 @@ def main():
         if given:
             raise ValueError(f"{given[0]} has no effect on finished runs: leave it out")
         groups = {name_of(path): read_folders(path) for path in config.inputs}
-        return report(groups, Path(config.out), config.match)
+        return report(groups, config)
     jobs, failed = plan(config, flags), []
     if not config.report_only:
         import torch
 
         failed = sweep(jobs, config.jobs or torch.cuda.device_count() or 1)
-    groups = {}
+    groups = {name_of(path): [] for path in config.inputs}  # in their order
     for job in jobs:
-        if run := job.run():
-            groups.setdefault(job.name, []).append(run)
+        groups[job.name] += [run for run in [job.run()] if run]
+    groups = {name: runs for name, runs in groups.items() if runs}
     if not groups:
         raise ValueError(failed[0] if failed else f"no run in {config.out} has begun yet")
-    report({name_of(path): groups[name_of(path)] for path in config.inputs
-            if name_of(path) in groups}, Path(config.out), config.match)  # fmt: skip
+    report(groups, config)
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed; the first: {failed[0]}")
 

@@ -5,7 +5,7 @@ Checkpoint -> text. CHECKPOINT is a run or step folder, a Hugging Face folder or
 
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -55,15 +55,57 @@ def sample(model, prompt, config, own=None):
 
     Tokens after a sample's end-of-text token are not part of it. own: the model's hf.Tokenizer,
     if its vocabulary is not GPT-2's."""
-    tokenizer, eot = (own, own.eot) if own else (get_tokenizer(), EOT)
-    device = next(model.parameters()).device
-    ids = tokenizer.encode(prompt, allowed_special="all") or [0 if eot is None else eot]
+    tokenizer, eot = pick_tokenizer(own)
+    ids = encode(tokenizer, eot, prompt)
+    columns = list(draw(model, ids, config, eot))
+    rows = torch.stack(columns, dim=1).tolist() if columns else [[]] * config.num_samples
+    rows = [row[: row.index(eot)] if eot in row else row for row in rows]
+    # decoded with the prompt: alone, some tokenizers drop a text's first space
+    begin = len(tokenizer.decode(ids))
+    return [tokenizer.decode(ids + row)[begin:] for row in rows]
+
+
+def stream_text(model, prompt, config, own=None):
+    """Yield one continuation of a prompt piece by piece, as its tokens come.
+
+    Together the pieces are what sample() gives with num_samples 1. prompt: text, or token ids. A
+    character of several tokens comes whole, with the last of them."""
+    tokenizer, eot = pick_tokenizer(own)
+    ids = encode(tokenizer, eot, prompt)
+    text = tokenizer.decode(ids)
+    shown = len(text)
+    for token in draw(model, ids, replace(config, num_samples=1), eot):
+        ids = ids + token.tolist()
+        text = tokenizer.decode(ids)
+        whole = text.rstrip("\ufffd")  # what the bytes of an unfinished character decode to
+        if len(whole) > shown:
+            yield whole[shown:]
+            shown = len(whole)
+    if len(text) > shown:  # the end leaves it unfinished
+        yield text[shown:]
+
+
+def pick_tokenizer(own):
+    """The tokenizer and its end-of-text id (or None): the model's own, if it has one, or GPT-2's"""
+    return (own, own.eot) if own else (get_tokenizer(), EOT)
+
+
+def encode(tokenizer, eot, prompt):
+    """Text, or token ids as they are -> a list of ids; an empty prompt starts a new document."""
+    if isinstance(prompt, str):
+        prompt = tokenizer.encode(prompt, allowed_special="all")
+    return prompt or [0 if eot is None else eot]
+
+
+def draw(model, ids, config, eot):
+    """Yield the next token of each of num_samples continuations of ids, (B,) at a time, until all
+    have ended. ValueError when the model's context has no room for any."""
     if max(ids) >= model.config.vocab_size:
         raise ValueError(
             f"the prompt has id {max(ids)}, the model's vocabulary is {model.config.vocab_size}: "
             f"the tokenizer is not its own"
         )
-    new = config.max_new_tokens
+    device, new = next(model.parameters()).device, config.max_new_tokens
     if not model.transformer.wpe.extrapolates:
         room = model.config.block_size - len(ids)
         if room < 1:
@@ -77,21 +119,19 @@ def sample(model, prompt, config, own=None):
     idx = torch.tensor([ids] * config.num_samples, device=device)  # (B, T)
     generator = torch.Generator(device).manual_seed(config.seed)
     ended = torch.zeros(config.num_samples, dtype=torch.bool, device=device)
-    columns = []
     options = (config.temperature, config.top_k, config.top_p)
     dtype = pick_dtype(config.dtype, device)
     fast = decoder(model, dtype, config.num_samples) if config.dtype == "auto" else None
-    with autocast(device, dtype):
-        for token in model.stream(idx, new, *options, generator=generator, decoder=fast):
-            ended |= token == (-1 if eot is None else eot)
-            if ended.all():
-                break
-            columns.append(token)
-    rows = torch.stack(columns, dim=1).tolist() if columns else [[]] * config.num_samples
-    rows = [row[: row.index(eot)] if eot in row else row for row in rows]
-    # decoded with the prompt: alone, some tokenizers drop a text's first space
-    begin = len(tokenizer.decode(ids))
-    return [tokenizer.decode(ids + row)[begin:] for row in rows]
+    tokens = model.stream(idx, new, *options, generator=generator, decoder=fast)
+    while True:
+        with autocast(device, dtype):  # not around a yield, or the caller's code would run in it
+            token = next(tokens, None)
+        if token is None:
+            return
+        ended |= token == (-1 if eot is None else eot)
+        if ended.all():
+            return
+        yield token
 
 
 def decoder(model, dtype, rows):
@@ -102,10 +142,15 @@ def decoder(model, dtype, rows):
     return None if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
 
 
+def load(checkpoint, device="auto"):
+    """A checkpoint, by path or hub name -> its model, and its hf.Tokenizer unless it is GPT-2's."""
+    model = GPT.from_checkpoint(checkpoint).to(pick_device(device)).eval()
+    return model, None if has_gpt2_vocabulary(model.config) else Tokenizer(checkpoint)
+
+
 def main():
     config = cli.parse(SampleConfig)
-    model = GPT.from_checkpoint(config.checkpoint).to(pick_device(config.device)).eval()
-    own = None if has_gpt2_vocabulary(model.config) else Tokenizer(config.checkpoint)
+    model, own = load(config.checkpoint, config.device)
     for text in sample(model, config.prompt, config, own):
         print(config.prompt + text)
         print("-" * 80)

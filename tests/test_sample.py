@@ -155,6 +155,55 @@ def test_learned_positions_end_at_block_size_and_relative_ones_do_not(capsys):
     )
 
 
+# ----------------------------------------------------------------------------- streaming
+
+
+def bytewise(text):
+    """A model that spells out a text byte by byte, then ends it, by looking at the position."""
+    data = text if isinstance(text, bytes) else text.encode()
+    tokenizer = get_tokenizer()
+    ids = [tokenizer.encode_single_token(bytes([b])) for b in data] + [EOT]
+    model = random_model(tie_embeddings=False, n_embd=64, block_size=64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.transformer.ln_f.weight.fill_(1)
+        model.transformer.wpe.weight[: len(ids)] = torch.eye(64)[: len(ids)]
+        for i, token in enumerate(ids):
+            model.lm_head.weight[token, i] += 1
+    return model
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_pieces_of_a_stream_are_the_sample(seed):
+    model, flags = random_model(), config(max_new_tokens=20, seed=seed)
+    pieces = list(s.stream_text(model, "x", flags))
+    assert len(pieces) > 5 and [("").join(pieces)] == s.sample(model, "x", flags)
+
+
+def test_characters_are_never_split_between_pieces():
+    text = "naïve €5 🦜 日本"
+    pieces = list(s.stream_text(bytewise(text), "a", config(temperature=0)))
+    assert pieces == list(text)  # one byte a token, one character a piece
+    broken = "é🦜".encode()[:-1] + b"x" + "🦜".encode()[:2]  # cut short inside, and at the end
+    pieces = list(s.stream_text(bytewise(broken), "a", config(temperature=0)))
+    assert pieces == ["é", "\ufffdx", "\ufffd"]
+    assert "".join(pieces) == broken.decode(errors="replace")
+
+
+def test_a_stream_ends_with_the_text_or_at_max_new_tokens():
+    model = bytewise("abc")
+    assert list(s.stream_text(model, "a", config(temperature=0))) == ["a", "b", "c"]
+    assert list(s.stream_text(model, "a", config(temperature=0, max_new_tokens=2))) == ["a", "b"]
+    assert list(s.stream_text(rigged({EOT: 0}), "hi", config(num_samples=3))) == []
+
+
+def test_a_stream_leaves_autocast_to_itself():
+    stream = s.stream_text(random_model(), "x", config(dtype="bfloat16"))
+    next(stream)
+    assert not torch.is_autocast_enabled("cpu")
+
+
 # ----------------------------------------------------------------------------- command line
 
 

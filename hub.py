@@ -156,6 +156,7 @@ def push(model, own, checkpoint, repo, public=False):
     hub refuses, or when the repo is there and public, and this push is not meant to be."""
     import huggingface_hub as hub
 
+    hub.utils.validate_repo_id(repo)
     if not hub.get_token():
         raise ValueError(f"no token to push {repo} with: {LOGIN}")
     api = hub.HfApi()

@@ -150,7 +150,8 @@ def test_ctrl_c_stops_a_reply_and_ctrl_d_the_program(at_terminal, tmp_path):
     flags = ["--max_new_tokens=9999", "--temperature=0", "--dtype=float32"]
     chat = at_terminal("long", "--chat", "true", *flags)
     chat.until("> ")
-    os.kill(chat.process.pid, signal.SIGINT)  # at the prompt: says how to quit
+    time.sleep(0.5)  # the prompt is written shortly before the wait that a signal ends
+    os.kill(chat.process.pid, signal.SIGINT)
     assert "/quit or Ctrl-D" in chat.until("\n> ")
     whole = expected(model, "go", temperature=0, dtype="float32", max_new_tokens=500)
     chat.type("go")
@@ -174,9 +175,7 @@ def test_ctrl_c_stops_a_reply_and_ctrl_d_the_program(at_terminal, tmp_path):
     assert chat.end() == 0
 
 
-def test_a_conversation_longer_than_the_context_loses_its_oldest_text(
-    monkeypatch, capsys, tmp_path
-):
+def test_what_the_context_cannot_hold_is_dropped_oldest_first(monkeypatch, capsys, tmp_path):
     """Token by token: what each reply was given is the tail of the whole conversation's tokens."""
     make(tmp_path / "small", block_size=24)
     given = []

@@ -57,6 +57,8 @@ class SampleConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.temperature < 0 or self.top_k < 0 or self.seed < 0:
             raise ValueError("temperature, top_k and seed must be 0 or more")
+        if 0 < self.temperature < 1e-6:  # the logits would overflow
+            raise ValueError(f"temperature is {self.temperature}; 0 takes the likeliest token")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.chat and self.num_samples > 1:

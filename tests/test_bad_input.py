@@ -312,6 +312,8 @@ CASES = {
         ("train_gpt2 c.toml --bias maybe", nothing, ["bias", "maybe"]),
         ("fineweb --max_tokens 10M", nothing, ["max_tokens", "10M"]),
         ("hellaswag step --limit all", nothing, ["limit", "all"]),
+        ("sample step --temperature 1e-40", nothing, ["1e-40", "0 takes the likeliest"],
+         SAMPLE + " --temperature 0"),
         ("sample step --temperature warm", nothing, ["temperature", "warm"]),
         ("model --pos ropes", nothing, ["pos", "ropes", "rope", "alibi"], "model --pos rope"),
         ("train_gpt2 c.toml --schedule linear", nothing, ["schedule", "linear", "trapezoid"],

@@ -80,7 +80,8 @@ class Handler(BaseHTTPRequestHandler):
             if name in hub.repos:
                 return self.reply(409, json.dumps({"url": f"{hub.url}/{name}"}).encode())
             hub.repos[name] = {".gitattributes": b""}
-            hub.private |= {name} if wanted["visibility"] == "private" else set()
+            closed = wanted.get("visibility") == "private" or wanted.get("private")
+            hub.private |= {name} if closed else set()
             return self.reply(200, json.dumps({"url": f"{hub.url}/{name}"}).encode())
         if path == "/api/validate-yaml":
             return self.reply(200, b"{}")

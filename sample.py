@@ -270,9 +270,7 @@ class Chat:
                 del ids[0]  # the rest of a character that was cut
             self.text = tokenizer.decode(ids)
             if not self.warned:
-                print(
-                    f"(only {context} tokens fit the model's context: the oldest text is dropped)"
-                )
+                print(f"(the context of {context} tokens is full: the oldest text is dropped)")
             self.warned = True
         return ids, room
 

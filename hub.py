@@ -204,8 +204,11 @@ def export(model, own, folder):
 
     import hf  # which imports this file
 
+    foreign = isinstance(own, hf.Tokenizer)
+    cut = own and not foreign  # the beginning of GPT-2's vocabulary
+    vocab = own.eot + 1 if cut else hf.N_VOCAB
     try:
-        kind = hf.save(model, folder)
+        kind = hf.save(model, folder, vocab)
     except ValueError as error:
         if not str(error).startswith("no Hugging Face layout"):
             raise
@@ -216,8 +219,11 @@ def export(model, own, folder):
         weights = {name: w.cpu().contiguous() for name, w in weights.items()}
         save_file(weights, folder / hf.WEIGHTS, {"format": "pt"})
         hf.write_json(folder / "config.json", {"model": asdict(model.config)})
-    if own:
+        if cut:
+            hf.write_tokenizer(folder, model.config.block_size, vocab)
+    if foreign:
         own.vocabulary.save(str(folder / "tokenizer.json"))
+    if own:
         config = json.loads((folder / "config.json").read_text())
         hf.write_json(folder / "config.json", config | {"eos_token_id": own.eot})
     return kind

@@ -17,8 +17,8 @@ from tyro.conf import Positional
 
 import cli
 import hub
-from fineweb import EOT, get_tokenizer, has_gpt2_vocabulary
-from hf import Tokenizer
+from fineweb import EOT, get_tokenizer
+from hf import own_tokenizer
 from model import GPT, autocast, pick_device, pick_dtype
 
 
@@ -74,8 +74,8 @@ class SampleConfig:
 def sample(model, prompt, config, own=None):
     """Continue a prompt -> a list of num_samples texts, the prompt left out.
 
-    Tokens after a sample's end-of-text token are not part of it. own: the model's hf.Tokenizer,
-    if its vocabulary is not GPT-2's."""
+    Tokens after a sample's end-of-text token are not part of it. own: the model's
+    hf.own_tokenizer, unless its vocabulary is GPT-2's."""
     tokenizer, eot = pick_tokenizer(own)
     ids = encode(tokenizer, eot, prompt)
     columns = list(draw(model, ids, config, eot))
@@ -164,9 +164,9 @@ def decoder(model, dtype, rows):
 
 
 def load(checkpoint, device="auto"):
-    """A checkpoint, by path or hub name -> its model, and its hf.Tokenizer unless it is GPT-2's."""
+    """A checkpoint, by path or hub name -> its model and its hf.own_tokenizer."""
     model = GPT.from_checkpoint(checkpoint).to(pick_device(device)).eval()
-    return model, None if has_gpt2_vocabulary(model.config) else Tokenizer(checkpoint)
+    return model, own_tokenizer(checkpoint, model.config)
 
 
 # ----------------------------------------------------------------------------- the chat

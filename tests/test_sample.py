@@ -213,7 +213,7 @@ def test_a_stream_leaves_autocast_to_itself():
 def checkpoint(tmp_path_factory):
     """A run folder whose latest step holds the model of letters."""
     run = tmp_path_factory.mktemp("run")
-    model = letters()
+    model = letters(vocab_used=50257)
     for step, weights in ((1, random_model(tie_embeddings=False)), (2, model)):
         folder = run / f"step_{step:06d}"
         folder.mkdir()
@@ -344,6 +344,22 @@ def test_a_vocabulary_of_its_own_is_pushed_along(fields, client, tmp_path, monke
         call(monkeypatch, "me/m", *flags)
     assert capsys.readouterr().out == expected
     assert json.loads(hub.repos["me/m"]["config.json"])["eos_token_id"] == 8
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(pos="fire")])
+def test_a_cut_vocabulary_is_pushed_along(fields, client, tmp_path, monkeypatch, capsys):
+    """The beginning of GPT-2's vocabulary: a hub name says nothing of it but by tokenizer.json."""
+    write_step(tmp_path / "m", random_model(vocab_size=384, vocab_used=300, **fields))
+    flags = ["--prompt", "the naïve", "--max_new_tokens", "12", "--seed", "3"]
+    call(monkeypatch, tmp_path / "m", *flags)
+    expected = capsys.readouterr().out
+    with serve({}, token=TOKEN) as hub:
+        point_client_at(hub.url, monkeypatch)
+        call(monkeypatch, tmp_path / "m", "--push", "me/m")
+        capsys.readouterr()
+        call(monkeypatch, "me/m", *flags)
+    assert capsys.readouterr().out == expected
+    assert json.loads(hub.repos["me/m"]["config.json"])["eos_token_id"] == 299
 
 
 @pytest.mark.parametrize("token", ["", "hf_WRONGwrong"])

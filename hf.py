@@ -248,6 +248,8 @@ def load(name_or_folder):
     folder = Path(name_or_folder)
     if not folder.is_dir():
         folder = download(str(name_or_folder))
+        if "model" in read_json(folder / "config.json"):  # ours, as no layout held it
+            return GPT.from_checkpoint(folder)
     config, layout = read_config(folder)
     weights = to_ours(read_weights(folder), config, layout, folder)
     return GPT.empty(config).load_weights(weights, folder)

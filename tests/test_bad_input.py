@@ -308,6 +308,15 @@ CASES = {
         ("compare c.toml --base note.txt", nothing, ["note.txt is not a TOML config"]),
         ("fineweb info", nothing, ["fineweb.py info DIR"], INFO),
         ("sample step stray", nothing, ["stray"]),
+        ("sample --chat", nothing, ["Missing", "run folder", "hub name"]),
+        ("sample step --chat maybe", nothing, ["maybe"]),
+        ("sample step --chat --num_samples 2", nothing, ["one reply", "leave out --chat"],
+         "sample step --num_samples 2"),
+        ("sample no/such/folder --chat", nothing, ["no/such/folder"]),
+        ("sample step --push nowhere", nothing, ["push is 'nowhere'", "OWNER/NAME"]),
+        ("sample step --push me/..", nothing, ["me/.."]),
+        ("sample step --push me/m --chat", nothing, ["push and chat"]),
+        ("sample step --public true", nothing, ["--push OWNER/NAME"]),
     ],
     "types": [
         ("train_gpt2 c.toml --lr fast", nothing, ["lr", "fast"]),
@@ -315,6 +324,8 @@ CASES = {
         ("train_gpt2 c.toml --bias maybe", nothing, ["bias", "maybe"]),
         ("fineweb --max_tokens 10M", nothing, ["max_tokens", "10M"]),
         ("hellaswag step --limit all", nothing, ["limit", "all"]),
+        ("sample step --temperature 1e-40", nothing, ["1e-40", "0 takes the likeliest"],
+         SAMPLE + " --temperature 0"),
         ("sample step --temperature warm", nothing, ["temperature", "warm"]),
         ("model --pos ropes", nothing, ["pos", "ropes", "rope", "alibi"], "model --pos rope"),
         ("train_gpt2 c.toml --schedule linear", nothing, ["schedule", "linear", "trapezoid"],
@@ -723,7 +734,8 @@ def test_a_foreign_model_speaks_by_its_own_tokenizer(here, monkeypatch, capsys, 
     ids = model.generate(torch.tensor([[5, 6]]), 4, temperature=0)[0].tolist()
     name = "llama" if where == "a folder" else "me/llama"
     files = {p.name: p.read_bytes() for p in Path("llama").iterdir()}
-    flags = ["--prompt", "w5 w6", "--max_new_tokens", "4", "--temperature", "0"]
+    # in fp32: with bf16's rounding one random model in sixty has another likeliest token
+    flags = ["--prompt=w5 w6", "--max_new_tokens=4", "--temperature=0", "--dtype=float32"]
     with serve({"me/llama": files}) as hub:
         point_client_at(hub.url, monkeypatch)
         monkeypatch.setattr(sys, "argv", ["sample.py", name, *flags])

@@ -102,6 +102,8 @@ class TrainConfig:
     """steps between progress lines; log.jsonl has every step"""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from run_dir's latest checkpoint if there is one"""
+    wandb: bool = False
+    """send the log to Weights & Biases too; WANDB_MODE=offline keeps it in run_dir/wandb"""
     overfit_single_batch: bool = False
     """train on the first batch only: the loss must fall towards 0"""
     dry_run: bool = False
@@ -640,7 +642,7 @@ def train(trainer):
     run = Path(config.run_dir)
     with checkpoints.sole_user(run, ranks.first):
         start = trainer.resume(run)
-        log = checkpoints.Log(run, start, ranks.first)
+        log = checkpoints.Log(run, start, ranks.first, config.wandb)
         for line in trainer.describe():
             log.say(line)
         log.write(
@@ -658,7 +660,7 @@ def train(trainer):
             log.say(f"{run} is finished at step {start}; more steps: --max_steps N")
 
         meter = Meter(trainer, log, start)
-        with checkpoints.StopSignal(ranks.first) as signal:
+        with checkpoints.StopSignal(ranks.first) as signal, log:
             for done in range(start + 1, last + 1):
                 meter.waiting.append((done, trainer.launch(done - 1, signal.number)))
                 stop = meter.read()
@@ -712,6 +714,7 @@ def save(trainer, run, log, done, must):
     """Save a checkpoint; one that fails stops the run only if it must be there."""
     try:
         trainer.save(done, run, log)
+        log.track(step=done, checkpoint=f"step_{done:06d}")
     except OSError as error:
         if must:
             raise

@@ -307,7 +307,7 @@ class Trainer:
             )
         self.optimizers = parallel.make_optimizers(self.model, config, self.ranks)
         self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.dtype == torch.float16 and self.device.type == "cuda"
+            self.device.type, enabled=self.dtype == torch.float16 and self.device.type != "mps"
         )
         self.micro_batch = self.find_micro_batch()
         self.micro_steps = self.batch_windows // self.ranks.world // self.micro_batch

@@ -301,7 +301,7 @@ class Log:
             self.skipped = 0
             self.write(**entry)
             if z := spike(loss, self.losses):
-                note = f" SPIKE, z-score {z:.1f}"
+                note = f" SPIKE z {z:.1f}"
                 self.write(event="spike", step=entry["step"], loss=loss, z=z)
             self.losses.append(loss)
         else:

@@ -106,11 +106,20 @@ for pair in "ddp adamw" "zero1 adamw" "fsdp adamw" "fsdp muon"; do
 import sys
 sys.path.insert(0, sys.argv[1])
 from model import GPTConfig
-from parallel import bytes_sent
+from parallel import bytes_sent, largest_share, parameter_counts
 config = GPTConfig(block_size=32, n_layer=4, n_head=2, n_embd=128)
 mode, optimizer, measured = sys.argv[2], sys.argv[3], int(sys.argv[4])
+computed = bytes_sent(config, mode, 2, width=4)
+here = {  # what differs on the first rank, and under gloo
+    "ddp": computed,
+    "zero1": bytes_sent(config, "ddp", 2) + 4 * largest_share(config, 2),  # it has the embedding
+    "fsdp": computed + 4 * parameter_counts(config)[0] // 2,  # scatters gradients by all-reduce
+}[mode]
 print(f"{mode:<6} {optimizer:<6} {measured:>12,} measured", end="")
-print(f" {bytes_sent(config, mode, 2, width=4):>12,} computed" if optimizer == "adamw" else "")
+if optimizer == "adamw":
+    print(f" {computed:>12,} computed {here:>12,} for the first rank under gloo", end="")
+    assert abs(measured / here - 1) < 0.01
+print()
 PY
 done
 echo passed

@@ -360,6 +360,9 @@ class Tracker:
         try:
             call(*args)
         except Exception as error:  # of any kind: it talks to another process, and to a server
+            if isinstance(error, ConnectionError):  # its process died: it shall not wait for it
+                with contextlib.suppress(Exception, SystemExit):
+                    self.wandb.teardown()
             self.wandb, reason = None, (str(error).splitlines() or [""])[0]
             key = os.environ.get("WANDB_API_KEY") or None
             reason = f"{type(error).__name__}: {reason.replace(key, '***') if key else reason}"

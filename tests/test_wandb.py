@@ -126,6 +126,9 @@ class Fails(ModuleType):
         if name == self.where:
             raise ConnectionError("key SECRET refused\nand more lines")
 
+    def teardown(self):
+        raise SystemExit(1)  # as it does at times
+
     def init(self, **_):
         self.call("init")
         config = SimpleNamespace(update=lambda *_, **__: self.call("config"))

@@ -71,12 +71,13 @@ def values(items):
 def test_wandb_gets_the_whole_log_and_a_continued_run_stays_one(
     data, plain, tmp_path, monkeypatch
 ):  # fmt: skip
-    pytest.importorskip("wandb")
+    package = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     run = tmp_path / "mine"
     for steps in (2, 4):
         tt.train(data, run, **FEW | dict(max_steps=steps, sample_every=4), wandb=True)
+    package.teardown()  # its process may still be writing
     parts = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
     assert len(parts) == 2
     written = [list(records(part)) for part in parts]

@@ -36,7 +36,7 @@ def plain(data):
 def results(run):
     """The log's lines but for what differs from run to run: times and flags."""
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    other = {"tok_per_s", "config", "git", "versions"}
+    other = {"tok_per_s", "peak_memory_bytes", "config", "git", "versions"}
     return [{k: v for k, v in entry.items() if k not in other} for entry in entries]
 
 

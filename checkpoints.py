@@ -166,7 +166,11 @@ def find_damage(folder):
     lines = (folder / SUMS).read_text(errors="replace").splitlines()
     sums = dict(line.split("  ", 1)[::-1] for line in lines if "  " in line)
     for name in FILES:
-        if sums.get(name) != sha256(folder / name):
+        try:
+            found = sha256(folder / name)
+        except OSError as error:
+            return f"{folder / name} cannot be read: {error.strerror}"
+        if sums.get(name) != found:
             size = (folder / name).stat().st_size
             return f"{folder / name} ({size:,} bytes) does not match its checksum in {SUMS}"
     return None
@@ -176,10 +180,13 @@ def read_state(path):
     """What torch.save wrote, tensors and plain values only, on the CPU; ValueError for anything
     else."""
     try:
-        return torch.load(path, "cpu", weights_only=True, mmap=True)
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is no whole training state: {reason}") from None
+    if not isinstance(state, dict) or not {"optimizer", "scaler"} <= state.keys():
+        raise ValueError(f"{path} is no training state: it lacks optimizer or scaler")
+    return state
 
 
 def check_same(run, saved, now):
@@ -270,6 +277,9 @@ class Log:
             steps = (e for e in entries if "skipped" not in e)
             self.losses.extend(e["train_loss"] for e in steps if e.get("train_loss") is not None)
             self.evaluated = {key for e in entries if e.get("step") == step for key in e}
+            for entry in entries:
+                if "train_loss" in entry:
+                    self.skipped = self.skipped + 1 if "skipped" in entry else 0
         self.file = open(path, "ab", buffering=0)
 
     def write(self, **entry):
@@ -351,8 +361,10 @@ class Log:
             pass
 
     def say(self, text):
+        """Print a line; a terminal or pipe that is gone is no reason to stop training."""
         if self.file:
-            print(text, flush=True)
+            with contextlib.suppress(OSError):
+                print(text, flush=True)
 
 
 class Tracker:

@@ -41,7 +41,7 @@ from typing import Literal
 import numpy as np
 
 import cli
-from hub import FINEWEB, FINEWEB_SUBSET, first_line, hub_download, hub_files
+from hub import FINEWEB, FINEWEB_SUBSET, check_inside, first_line, hub_download, hub_files
 
 EOT = 50256  # <|endoftext|>, before every document
 N_VOCAB = 50257
@@ -652,6 +652,8 @@ def open_whole(config, recorded):
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.source):
         raise ValueError(f"no file, folder or hub dataset (OWNER/NAME) is called {config.source}")
     identity = recorded or hub_files(config.source, ".parquet", config.name)
+    for name, _ in identity["files"]:  # downloads are removed by these names
+        check_inside(name, config.source)
     fetch = functools.partial(fetch_parquet, config.source, identity, config.downloads)
     return Source(identity["files"], identity, fetch, remote=True)
 

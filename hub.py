@@ -51,6 +51,12 @@ def hub_files(repo, suffix, subset=""):
     return {"revision": about.sha, "files": chosen}
 
 
+def check_inside(filename, repo):
+    """ValueError when a repo's file would land outside the folder it is fetched to."""
+    if os.path.isabs(filename) or ".." in re.split(r"[/\\]", filename):
+        raise ValueError(f"{repo} lists {filename}, which lies outside its folder: not fetched")
+
+
 def hub_download(
     repo, filename, folder=None, repo_type="dataset", revision=None, check=None, offline=OFFLINE
 ):
@@ -63,8 +69,7 @@ def hub_download(
     """
     import huggingface_hub as hub
 
-    if os.path.isabs(filename) or ".." in re.split(r"[/\\]", filename):
-        raise ValueError(f"{repo} lists {filename}, which lies outside its folder: not fetched")
+    check_inside(filename, repo)
     where = {"repo_type": repo_type, "revision": revision}
     if folder is None:
         cached = hub.try_to_load_from_cache(repo, filename, **where)

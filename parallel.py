@@ -15,6 +15,7 @@ A file of its own, so that the trainer reads the same for any mode: it wraps wha
 import contextlib
 import itertools
 import os
+import sys
 import time
 
 import torch
@@ -63,6 +64,10 @@ class Ranks:
     def sum(self, *values):
         """Add up numbers over all ranks -> a list of floats."""
         return self.total(*values).tolist()
+
+    def agree(self, *numbers):
+        """Whether all ranks have the same numbers, of less than 2^50 / ranks each."""
+        return self.sum(*numbers) == [self.world * number for number in numbers]
 
     def first_alone(self, call):
         """call() on the first rank, then on the others: what it downloads is then there."""
@@ -132,12 +137,38 @@ def whole_weights(model):
 # ----------------------------------------------------------------------------- the optimizers
 
 
-def make_optimizers(model, config, ranks=None):
+class PreciseMuon(getattr(torch.optim, "Muon", torch.optim.Optimizer)):
+    """torch.optim.Muon for runs in fp32. Torch rounds to bf16 inside it, whatever the run's
+    precision, and so makes 1e-4 of the loss out of the last bit of a sum over ranks."""
+
+    def step(self, closure=None):
+        module, name = sys.modules["torch.optim._muon"], "_zeropower_via_newtonschulz"
+        torchs = getattr(module, name)
+        setattr(module, name, newton_schulz)
+        try:
+            return super().step(closure)
+        finally:
+            setattr(module, name, torchs)
+
+
+def newton_schulz(matrix, coefficients, steps, eps):
+    """A matrix (m, n) = U S V^T -> about U V^T: `steps` times X <- a X + b X X^T X + c (X X^T)^2 X
+    from X of norm 1 on (Jordan et al. 2024), in the matrix's own precision."""
+    a, b, c = coefficients
+    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.T if matrix.size(0) > matrix.size(1) else x
+
+
+def make_optimizers(model, config, ranks=None, dtype=None):
     """AdamW that decays matrices only (norms, biases and per-head vectors are 1-D), and with
     `optimizer muon` Muon (Jordan et al. 2024) for the matrices inside the blocks -> a list.
 
     Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one rate can serve
-    both; a group's lr_scale is its share of the scheduled rate."""
+    both; a group's lr_scale is its share of the scheduled rate. dtype: the run's precision."""
     named = dict(model.named_parameters())
     muon = config.optimizer == "muon"
     hidden = [
@@ -155,7 +186,8 @@ def make_optimizers(model, config, ranks=None):
             raise ValueError(f"torch {torch.__version__} has no Muon: pip install -U torch")
         flags = dict(weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         scale = config.muon_lr / config.lr if config.muon_lr else 1.0
-        made.append((torch.optim.Muon, [{"params": [named[n] for n in hidden]}], flags, scale))
+        kind = PreciseMuon if dtype == torch.float32 else torch.optim.Muon
+        made.append((kind, [{"params": [named[n] for n in hidden]}], flags, scale))
     optimizers = []
     for kind, groups, flags, scale in made:
         flags |= dict(lr=config.lr * scale)
@@ -198,7 +230,7 @@ def whole_state(model, optimizers, ranks):
     weights = model.state_dict()
     names = {p: name for name, p in model.named_parameters()}
     whole = {name: gather(weights[name], ranks) for name in names.values()}
-    moments = {}
+    moments = {name: {} for name in whole}  # none yet where every step so far was skipped
     for optimizer in optimizers:
         for p, state in state_of(optimizer, ranks).items():
             moments[names[p]] = {key: gather(value, ranks) for key, value in state.items()}
@@ -241,7 +273,12 @@ def load_state(model, optimizers, weights, moments, origin):
         for i, p in enumerate(parameters(optimizer)):
             if names[p] not in moments:
                 raise ValueError(f"{origin} lacks the optimizer's state of {names[p]}")
-            state[i] = {key: share(value, p) for key, value in moments[names[p]].items()}
+            for key, value in moments[names[p]].items():
+                shape = getattr(value, "shape", None)
+                if shape not in (p.shape, ()):
+                    shapes = f"{key} of shape {shape and tuple(shape)}, not {tuple(p.shape)}"
+                    raise ValueError(f"{origin}: {names[p]} has {shapes}")
+                state.setdefault(i, {})[key] = share(value, p)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 

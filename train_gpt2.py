@@ -304,7 +304,7 @@ class Trainer:
                 f"{config.data_dir} has {self.train.tokens:,} train tokens, fewer than one batch "
                 f"of {config.total_batch_tokens:,}; lower --total_batch_tokens"
             )
-        self.optimizers = parallel.make_optimizers(self.model, config, self.ranks)
+        self.optimizers = parallel.make_optimizers(self.model, config, self.ranks, self.dtype)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.dtype == torch.float16 and self.device.type != "mps"
         )
@@ -563,7 +563,8 @@ class Trainer:
         weights = read_safetensors(folder / "model.safetensors")
         state = checkpoints.read_state(folder / "train_state.pt")
         parallel.load_state(self.model, self.optimizers, weights, state["optimizer"], folder)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty from a run that was not in fp16
+            self.scaler.load_state_dict(state["scaler"])
         return step
 
     # ------------------------------------------------------------------------- dry run
@@ -643,6 +644,8 @@ def train(trainer):
     run = Path(config.run_dir)
     with checkpoints.sole_user(run, ranks.first):
         start = trainer.resume(run)
+        if not ranks.agree(int(trainer.data_sha256[:12], 16), last):
+            raise ValueError(f"not all ranks have the same tokens in data_dir {config.data_dir}")
         log = checkpoints.Log(run, start, ranks.first, config.wandb)
         for line in trainer.describe():
             log.say(line)
@@ -665,7 +668,7 @@ def train(trainer):
         with checkpoints.StopSignal(ranks.first) as signal, log:
             for done in range(start + 1, last + 1):
                 meter.waiting.append((done, trainer.launch(done - 1, signal.number)))
-                stop = meter.read()
+                stop = meter.read() or (signal.number and not ranks.distributed)
                 if stop or due(config.checkpoint_every, done, last):
                     save(trainer, run, log, done, must=stop or done == last)
                 if stop:

@@ -355,10 +355,10 @@ class Log:
 
         try:
             compare.draw({self.run.name: [compare.read_run(self.run)]}, self.run / "curve.png")
-        except OSError as error:
-            self.say(f"warning: no curve.png: {error}")
         except ModuleNotFoundError:
             pass
+        except Exception as error:  # a picture is not worth a run
+            self.say(f"warning: no curve.png: {type(error).__name__} {error}")
 
     def say(self, text):
         """Print a line; a terminal or pipe that is gone is no reason to stop training."""

@@ -91,6 +91,15 @@ def split_argv(argv):
     return flags, positional, False
 
 
+def bare_switch(argv, name):
+    """The command line with --name as --name=true where no value follows."""
+    argv = list(argv)
+    for i, token in enumerate(argv):
+        if token == f"--{name}" and "".join(argv[i + 1 : i + 2]).lower() not in BOOLS:
+            argv[i] = f"--{name}=true"
+    return argv
+
+
 def read_toml(path):
     """A config file -> [(origin, name, value as text)]."""
     try:

@@ -41,6 +41,11 @@ from train_gpt2 import TrainConfig, Windows, clock, short
 # acc_norm of all 10,042 items by the completion protocol; GPT-3's is its paper's, for 124M
 HELLASWAG_MARKS = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
 MUST_AGREE = ("block_size", "vocab_used", "val_tokens", "hellaswag_limit", "overfit_single_batch")
+INCIDENTAL = {  # where and how a run was done, not what it computes
+    "run_dir", "data_dir", "hellaswag_data", "device", "compile", "parallel", "micro_batch",
+    "print_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume", "plot",
+    "wandb",
+}  # fmt: skip
 PIP = "pip install matplotlib scipy"
 
 
@@ -132,14 +137,15 @@ class Run:
 
 
 def read_run(folder):
-    """The Run of a run folder, or None when it has no log yet; ValueError for a foreign one."""
+    """The Run of a run folder, or None when its log has no whole line yet; ValueError for a foreign
+    one."""
     path = Path(folder) / "log.jsonl"
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    if lines == [b""]:
+    if len(lines) == 1:
         return None
     start, values = None, {}
     for number, line in enumerate(lines, 1):
-        if not line or (start and number == len(lines)):  # the last one may be half there
+        if not line or number == len(lines):  # the last one may be half there
             continue
         try:
             entry = json.loads(line)
@@ -165,34 +171,43 @@ def read_folders(path):
     runs = [run for run in map(read_run, folders) if run]
     if not runs:
         raise ValueError(
-            f"no {path}/log.jsonl: give the folder of a run that train_gpt2.py started"
+            f"no {path}/log.jsonl with a whole line: give the folder of a run that train_gpt2.py "
+            f"started"
         )
     return sorted(runs, key=lambda run: run.seed)
 
 
-def check_fair(configs):
+def check_fair(configs, keys=MUST_AGREE):
     """ValueError unless all of {name: flags} see the same tokens and are scored on the same."""
     (first, reference), *others = configs.items()
     for name, config in others:
-        for key in (*MUST_AGREE, "data_sha256"):
+        for key in keys:
             mine, theirs = config.get(key), reference.get(key)
             if mine != theirs and None not in (mine, theirs):
-                hint = f"give --{key} for all" if key in MUST_AGREE else "use the same data_dir"
+                known = key in TrainConfig.__dataclass_fields__ | GPTConfig.__dataclass_fields__
+                hint = f"give --{key} for all" if known else "use the same data for all"
                 raise ValueError(
                     f"no fair comparison: {first} has {key} {theirs}, {name} has {mine}; {hint}"
                 )
 
 
 def check_runs(groups):
-    """check_fair, for {name: Runs}."""
+    """check_fair, for {name: Runs}; those of one name may differ in their seed only."""
+    scored = {}
+    for run in [run for runs in groups.values() for run in runs]:
+        seen = {"data": run.start.get("data_sha256"), "HellaSwag items": run.last("hellaswag_n")}
+        scored[str(run.folder)] = run.config | seen
+    check_fair(scored, (*MUST_AGREE, *seen))
     for name, runs in groups.items():
         if len({run.seed for run in runs}) < len(runs):
             raise ValueError(f"{name} has two runs with the same seed: move one elsewhere")
-    everyone = [run for runs in groups.values() for run in runs]
-    check_fair({
-        str(run.folder): run.config | {"data_sha256": run.start.get("data_sha256")}
-        for run in everyone
-    })  # fmt: skip
+        for run in runs[1:]:
+            for key in sorted({*run.config, *runs[0].config} - INCIDENTAL - {"seed"}):
+                if run.config.get(key) != runs[0].config.get(key):
+                    raise ValueError(
+                        f"{run.folder} and {runs[0].folder} differ in {key}: they are no seeds of "
+                        f"one config; give them as two"
+                    )
 
 
 # ----------------------------------------------------------------------------- the numbers
@@ -228,7 +243,7 @@ def summary(runs):
     losses = [run.last("val_loss") for run in runs]
     steps = [run.curve("val_loss")[0][-1] for run in runs]
     score = None
-    if runs[0].last("hellaswag_acc_norm") is not None:
+    if all(run.last("hellaswag_acc_norm") is not None for run in runs):
         score = {
             "acc_norm": statistics.fmean(run.last("hellaswag_acc_norm") for run in runs),
             "n": int(runs[0].last("hellaswag_n") or 0),
@@ -287,11 +302,16 @@ def results(groups):
         losses = {run.seed: run.last("val_loss") for run in runs}
         row["diff"] = paired(losses, reference if fair else {})
         row["reaches_first"] = reaches(runs, configs[first]["val_loss"]["mean"])
-        row["differs_in"] = {
-            key: value for key, value in sorted(runs[0].config.items())
-            if value != groups[first][0].config.get(key) and key not in ("run_dir", "seed")
-        }  # fmt: skip
+        mine, theirs = (about(group[0]) for group in (runs, groups[first]))
+        row["differs_in"] = {k: v for k, v in sorted(mine.items()) if v != theirs.get(k)}
     return {"configs": configs, "first": first}
+
+
+def about(run):
+    """What a Run was, for a list of differences: its flags, and what they came to."""
+    found = {name: run.start.get(name) for name in ("device", "dtype", "world", "git")}
+    flags = {k: v for k, v in run.config.items() if k not in INCIDENTAL | {"seed", "dtype"}}
+    return flags | {name: value for name, value in found.items() if value is not None}
 
 
 def verdict(diff):
@@ -322,8 +342,8 @@ def table(found, match, unfinished):
         f"Mean ± standard deviation over {' or '.join(map(str, sorted(counts)))} seeds; the "
         "difference is paired by seed, with its 95% interval and Student's p, each pair alone: "
         "among many rows one in twenty falls below 0.05 by chance. An interval that holds 0 is "
-        "within noise. HellaSwag ± the standard error over its items. Training time leaves out "
-        "evaluations and checkpoints.",
+        "within noise. HellaSwag ± the standard error over its items. Training time holds "
+        "torch.compile's, and leaves out evaluations and checkpoints.",
         "Parameters are matched within 1% by mlp_hidden."
         if match == "params"
         else "Parameters are not matched: a larger model has an advantage.",
@@ -333,6 +353,13 @@ def table(found, match, unfinished):
             "Runs of other lengths have no difference: a schedule that ends at another token "
             "count is another experiment. The last column compares them."
         )
+    alone = [
+        name for name, row in configs.items()
+        if name != first and row["tokens"] == configs[first]["tokens"]
+        and row["diff"]["mean"] is None
+    ]  # fmt: skip
+    if alone:
+        notes.append(f"No seed in common with {first}, so no difference: {', '.join(alone)}.")
     if unfinished:
         notes.append(f"Not finished, so left out: {', '.join(unfinished)}.")
     differs = [
@@ -499,12 +526,14 @@ class Job:
     config: dict
     process: subprocess.Popen = None
     slot: int = 0
+    share: float = 0.0  # of its steps that are logged, as last looked up
 
     def run(self):
         """Its Run if it has begun; ValueError if that was made by other flags."""
         run = read_run(self.folder)
+        loaded = GPTConfig.__dataclass_fields__ if self.config["init_from"] else ()
         for key, value in self.config.items() if run else ():
-            if run.config.get(key, value) != value and key not in ("run_dir", "max_steps"):
+            if run.config.get(key, value) != value and key not in INCIDENTAL.union(loaded):
                 raise ValueError(
                     f"{self.folder} was made with {key} {run.config[key]}, not {value}; give the "
                     f"same flags or another --out"
@@ -513,35 +542,32 @@ class Job:
 
     def done(self):
         run = self.run()
-        steps = self.config["max_steps"]
-        return bool(
-            run and run.finished and run.start.get("steps") == (steps or run.start["steps"])
-        )
+        return bool(run and run.finished)
 
-    def share(self):
-        """The part of its steps that are logged, 0 to 1."""
-        run = read_run(self.folder)
-        steps = run and run.start.get("steps")
-        return min(1.0, max(run.values.get("train_loss", {0: 0})) / steps) if steps else 0.0
+    def look(self):
+        if self.share < 1 and (run := read_run(self.folder)) and run.start.get("steps"):
+            done = max(run.values.get("train_loss", {0: 0}))
+            self.share = 1.0 if run.finished else min(0.99, done / run.start["steps"])
 
 
 def plan(config, flags):
     """-> Jobs, seed by seed, so that all configs have their first seed soon."""
     base = [config.base] if config.base else []
-    jobs, matched = [], None
+    jobs, configs, matched = [], {}, None
     for path in config.inputs:
         argv = [*base, path, *flags]
         model, train = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
-        matched = matched or switches.parameters(model)
-        if config.match == "params":
+        if config.match == "params" and matched:
             argv.append(f"--mlp_hidden={match_parameters(path, argv, matched)}")
+        matched = matched or switches.parameters(model)
+        configs[path] = dataclasses.asdict(model) | dataclasses.asdict(train)
         for seed in range(train.seed, train.seed + config.seeds):
             folder = Path(config.out) / "runs" / name_of(path) / f"seed_{seed}"
             own = [*argv, f"--seed={seed}", f"--run_dir={folder}"]
             model, train = cli.parse(GPTConfig, TrainConfig, argv=own, configs=True)
             flat = dataclasses.asdict(model) | dataclasses.asdict(train)
             jobs.append(Job(name_of(path), folder, own, flat))
-    check_fair({job.name: job.config for job in jobs})
+    check_fair(configs, (*MUST_AGREE, "seed", "data_dir", "hellaswag_data"))
     return sorted(jobs, key=lambda job: job.config["seed"])
 
 
@@ -583,10 +609,10 @@ def sweep(jobs, at_once):
 
     waiting = deque(job for job in jobs if not job.done())
     active, failed, slots = [], [], deque(range(at_once))
-    pause = 1.0 if sys.stderr.isatty() else 60.0
+    live = sys.stderr.isatty()  # else a line a minute, for a file
     shape = "{percentage:3.0f}%|{bar:20}| {n:.2f}/{total} runs, {elapsed} spent, {remaining} left"
-    bar = tqdm(total=len(jobs), bar_format=shape, mininterval=pause, maxinterval=pause)
-    bar.initial = bar.n = sum(job.share() for job in jobs)
+    bar = tqdm(total=len(jobs), bar_format=shape, file=sys.stderr if live else io.StringIO())
+    looked = said = 0.0
     with checkpoints.StopSignal(False) as signal, bar, stopping(active):
         while waiting or active:
             for _ in range(len(waiting)):
@@ -603,14 +629,24 @@ def sweep(jobs, at_once):
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
                 slots.append(job.slot)
-                if job.process.returncode or not job.done():
+                if not job.done() and busy(job.folder):
+                    waiting.append(job)  # another process was a moment faster
+                elif not job.done():
                     failed.append(f"{job.folder}: {last_line(job.folder / 'output.txt')}")
-                    bar.write(f"failed: {failed[-1]}", file=sys.stderr)
+                    tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
                 else:
                     loss = job.run().last("val_loss")
-                    bar.write(f"{job.folder}: validation loss {loss:.4f}", file=sys.stdout)
-            bar.n = sum(job.share() for job in jobs)
-            bar.refresh() if sys.stderr.isatty() else bar.update(0)
+                    tqdm.write(f"{job.folder}: validation loss {loss:.4f}", file=sys.stdout)
+            if time.monotonic() - looked > 2:
+                for job in jobs:
+                    job.look()
+                bar.n = sum(job.share for job in jobs)
+                bar.initial = bar.initial if looked else bar.n
+                bar.refresh()
+                looked = time.monotonic()
+            if not live and time.monotonic() - said > 60:
+                print(bar, file=sys.stderr, flush=True)
+                said = time.monotonic()
     if signal.number:
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(signal.status())
@@ -637,7 +673,7 @@ def start(job, at_once):
 
         cards = os.environ.get("CUDA_VISIBLE_DEVICES")
         cards = cards.split(",") if cards else range(torch.cuda.device_count())
-        if len(cards):
+        if torch.cuda.is_available():
             environment["CUDA_VISIBLE_DEVICES"] = str(cards[job.slot % len(cards)])
         else:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
@@ -663,6 +699,7 @@ def report(groups, config):
     check_runs(groups)
     finished = {name: [run for run in runs if run.finished] for name, runs in groups.items()}
     unfinished = [str(run.folder) for runs in groups.values() for run in runs if not run.finished]
+    unfinished += [name for name, runs in groups.items() if not runs]
     finished = {name: runs for name, runs in finished.items() if runs}
     if next(iter(groups)) not in finished:
         raise ValueError(f"{next(iter(groups))} has no finished run yet: nothing to compare with")
@@ -673,14 +710,19 @@ def report(groups, config):
     }
     out.mkdir(parents=True, exist_ok=True)
     draw(finished, out / "curves")
+    write(out, files)
     if config.multiples:
         losses = score_lengths(finished, config.multiples)
-        files |= {"lengths.md": lengths_table(losses), "lengths.json": json.dumps(losses, indent=1)}
+        files = {"lengths.md": lengths_table(losses), "lengths.json": json.dumps(losses, indent=1)}
+        write(out, files)
+    print_short(found)
+    print(f"written: {out}/results.md, results.json, curves.png, curves.svg")
+
+
+def write(out, files):
     for name, content in files.items():
         with write_beside(str(out / name)) as file:
             file.write(content.encode())
-    print_short(found)
-    print(f"written to {out}: {', '.join(files)}, curves.png, curves.svg")
 
 
 def print_short(found):
@@ -697,7 +739,7 @@ def print_short(found):
 
 def parse():
     """The command line -> CompareConfig, and the flags that are train_gpt2.py's."""
-    flags, inputs, asks_help = cli.split_argv(sys.argv[1:])
+    flags, inputs, asks_help = cli.split_argv(cli.bare_switch(sys.argv[1:], "report_only"))
     own = {field.name for field in dataclasses.fields(CompareConfig)}
     theirs = {field.name for c in (GPTConfig, TrainConfig) for field in dataclasses.fields(c)}
     for origin, name, _ in flags:
@@ -706,15 +748,15 @@ def parse():
             cli.fail("--run_dir: every run gets its own under --out; leave it out", status=2)
     argv = [f"--{name}={value}" for _, name, value in flags if name in own] + inputs
     config = cli.parse(CompareConfig, argv=["--help"] if asks_help else argv)
+    for origin, name, _ in flags:
+        if not config.trains and name not in ("out", "lengths", "report_only"):
+            raise ValueError(f"{origin} has no effect on finished runs: leave it out")
     return config, [f"--{name}={value}" for _, name, value in flags if name not in own]
 
 
 def main():
     config, flags = parse()
     if not config.trains:
-        given = [*flags, *["--base"] * bool(config.base)]
-        if given:
-            raise ValueError(f"{given[0]} has no effect on finished runs: leave it out")
         groups = {name_of(path): read_folders(path) for path in config.inputs}
         return report(groups, config)
     jobs, failed = plan(config, flags), []
@@ -725,10 +767,10 @@ def main():
     groups = {name_of(path): [] for path in config.inputs}  # in their order
     for job in jobs:
         groups[job.name] += [run for run in [job.run()] if run]
-    groups = {name: runs for name, runs in groups.items() if runs}
-    if not groups:
-        raise ValueError(failed[0] if failed else f"no run in {config.out} has begun yet")
-    report(groups, config)
+    try:
+        report(groups, config)
+    except ValueError as error:
+        raise ValueError(f"{error}; {failed[0]}" if failed else error) from None
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed; the first: {failed[0]}")
 

@@ -276,11 +276,7 @@ class Chat:
 
 
 def main():
-    argv = sys.argv[1:]
-    for i, flag in enumerate(argv):  # flags are --name value; a lone --chat means true
-        if flag == "--chat" and "".join(argv[i + 1 : i + 2]).lower() not in cli.BOOLS:
-            argv[i] = "--chat=true"
-    config = cli.parse(SampleConfig, argv=argv)
+    config = cli.parse(SampleConfig, argv=cli.bare_switch(sys.argv[1:], "chat"))
     if config.chat:
         return Chat(config).run()
     model, own = load(config.checkpoint, config.device)

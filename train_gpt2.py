@@ -685,8 +685,8 @@ def load_examples(config, ranks, vocab):
     if not config.hellaswag_every:
         return []
     load = functools.partial(
-        hellaswag.load_items, config.hellaswag_data, config.hellaswag_limit, config.seed
-    )
+        hellaswag.load_items, config.hellaswag_data, config.hellaswag_limit
+    )  # the same items for every seed
     return hellaswag.tokenize_items(ranks.first_alone(load), "completion", vocab)
 
 

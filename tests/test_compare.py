@@ -1,16 +1,20 @@
 """compare.py: its numbers against logs written out here by hand and SciPy's paired test, its sweep
 against runs of train_gpt2.py."""
 
+import contextlib
+import io
 import json
 import math
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import cli
 import compare
 from model import GPT, GPTConfig
 
@@ -47,11 +51,18 @@ def groups_of(tmp_path, **losses):
 
 
 def command(*argv, fails=False):
-    done = subprocess.run(
-        [sys.executable, ROOT / "compare.py", *map(str, argv)], capture_output=True, text=True
-    )
-    assert bool(done.returncode) == fails, done.stderr
-    return done
+    """Run compare.py's main in this process -> what it printed."""
+    out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    try:
+        sys.argv = ["compare.py", *map(str, argv)]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.run(compare.main)
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = before
+    assert bool(status) == fails, err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 # ----------------------------------------------------------------------------- numbers
@@ -163,6 +174,7 @@ def test_a_skipped_step_has_no_loss(tmp_path):
         ({"block_size": 32}, ["block_size 16", "b has 32", "--block_size"]),
         ({"val_tokens": 128}, ["val_tokens"]),
         ({"hellaswag_limit": 9}, []),  # the other log does not know of it: nothing to compare
+        ({"lr": 1.0}, []),
     ],
 )
 def test_an_unfair_comparison_is_not_printed(tmp_path, changes, words):
@@ -178,8 +190,15 @@ def test_other_data_is_no_fair_comparison(tmp_path):
     write_run(tmp_path / "a", {3: 5.0})
     log = write_run(tmp_path / "b", {3: 5.0}) / "log.jsonl"
     log.write_text(log.read_text().replace('"data_sha256": "d"', '"data_sha256": "e"'))
-    with pytest.raises(ValueError, match=r"no fair comparison.*same data_dir"):
+    with pytest.raises(ValueError, match=r"no fair comparison.*same data"):
         compare.check_runs({name: compare.read_folders(tmp_path / name) for name in "ab"})
+
+
+def test_the_seeds_of_a_config_differ_in_nothing_else(tmp_path):
+    write_run(tmp_path / "a" / "seed_1", {3: 5.0}, seed=1, lr=1e-3, device="cpu")
+    write_run(tmp_path / "a" / "seed_2", {3: 5.0}, seed=2, lr=2e-3, device="cuda")
+    with pytest.raises(ValueError, match=r"seed_2 .*differ in lr"):
+        compare.check_runs({"a": compare.read_folders(tmp_path / "a")})
 
 
 def test_one_config_has_a_seed_once(tmp_path):
@@ -260,7 +279,10 @@ def test_a_sweep_trains_every_config_with_every_seed(sweep):
             steps = [entry["step"] for entry in entries if "train_loss" in entry]
             assert steps == [1, 2, 3, 4, 5, 6]
     counts = [found[name]["parameters"] for name in ("gpt2", "rope_gqa")]
-    assert counts[0] != counts[1] and abs(counts[1] / counts[0] - 1) < 0.01
+    assert (
+        counts[0] == GPT(GPTConfig(**MODEL)).num_params() != counts[1]
+        and abs(counts[1] / counts[0] - 1) < 0.01
+    )
     assert "Parameters are matched" in (folder / "out" / "results.md").read_text()
     assert "runs, " in done.stderr  # progress
 
@@ -280,17 +302,46 @@ def test_its_runs_see_the_same_tokens_and_start_alike(sweep):
 def test_finished_runs_are_not_done_again(sweep):
     folder, argv, _ = sweep
     before = {name: path.stat().st_mtime_ns for name, path in runs_of(folder).items()}
-    report = (folder / "out" / "results.json").read_bytes()
     command(*argv)
-    command(*argv, "--report_only", "true")
+    report = (folder / "out" / "results.json").read_bytes()
+    command(*argv, "--report_only")
     assert {name: path.stat().st_mtime_ns for name, path in runs_of(folder).items()} == before
     assert (folder / "out" / "results.json").read_bytes() == report
 
 
-def test_other_flags_need_another_folder(sweep):
+@pytest.mark.parametrize(
+    "flag, value, words",
+    [
+        ("grad_clip", 0.5, "was made with grad_clip 1.0, not 0.5"),
+        ("max_steps", 8, "was made with max_steps 6, not 8"),  # another schedule
+    ],
+)
+def test_other_flags_need_another_folder(sweep, flag, value, words):
     _, argv, _ = sweep
-    done = command(*argv, "--grad_clip", "0.5", fails=True)
-    assert "was made with grad_clip 1.0, not 0.5" in done.stderr and "another --out" in done.stderr
+    done = command(*argv, f"--{flag}", value, fails=True)
+    assert words in done.stderr and "another --out" in done.stderr
+
+
+def test_two_at_once_share_the_work(sweep, tmp_path):
+    _, argv, _ = sweep
+    argv = [
+        sys.executable,
+        ROOT / "compare.py",
+        *argv,
+        "--out",
+        tmp_path,
+        "--jobs",
+        1,
+        "--seeds",
+        1,
+    ]
+    both = [subprocess.Popen(list(map(str, argv)), stderr=subprocess.PIPE) for _ in range(2)]
+    for process in both:
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    for log in tmp_path.glob("runs/*/*/log.jsonl"):
+        entries = map(json.loads, log.read_text().splitlines())
+        assert [e["step"] for e in entries if "train_loss" in e] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, tmp_path):
@@ -302,6 +353,13 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, tmp_path):
     done = command(tmp_path / "wide.toml", *argv, fails=True)
     assert "wide/seed_1337" in done.stderr and "micro_batch 3" in done.stderr
     assert compare.read_run(tmp_path / "out/runs/rope_gqa/seed_1337").finished
+    # nothing stands in for the first, with which all are compared
+    assert "wide has no finished run yet" in done.stderr
+    assert not (tmp_path / "out/results.json").exists()
+    argv = [*argv[:2], tmp_path / "wide.toml", *argv[2:]]
+    done = command(*argv, fails=True)
+    assert "1 of 3 runs failed" in done.stderr
+    assert "left out: wide" in (tmp_path / "out/results.md").read_text()
 
 
 def test_configs_that_see_other_tokens_are_refused_before_anything_runs(sweep, tmp_path):

@@ -6,6 +6,7 @@ and what its attention heads looked at.
 """
 
 import contextlib
+import ctypes
 import functools
 import gc
 import html
@@ -47,6 +48,8 @@ class Slot:
 
     def __init__(self):
         self.lock, self.key, self.loaded = threading.Lock(), None, None
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc would keep it:
+            ctypes.CDLL(None).mallopt(-3, 1 << 20)  # freed memory from 1 MB up goes back at once
 
     def load(self, name, device):
         """A checkpoint by path or hub name -> its model, and its tokenizer unless it is GPT-2's.
@@ -87,8 +90,7 @@ def write(reply, slot, config, box):
                 show_text(reply, box)
         reply.steps = probabilities(model, tokenizer, ids, drawn)
         reply.tokens = [spell(tokenizer, token) for token in ids[:PICTURED]]
-        # causal: what the first tokens look at does not depend on the rest
-        reply.attention = attention(model, ids[:PICTURED])
+        reply.attention = attention(model, ids[:PICTURED])  # causal: the rest changes nothing
     except EXPECTED as error:
         reply.error = one_line(error)
 
@@ -248,10 +250,9 @@ def settings():
 
 def page(config, slot):
     st.header("nanoswitch", help="base models: they continue a text, they do not answer")
-    chosen, options = choose(config.runs), settings()
+    chosen, options = choose(config.runs), settings() | {"device": config.device}
     prompt = st.text_area("Prompt", sample.SampleConfig("").prompt, max_chars=20_000, height=80)
-    pressed = st.button("Write", type="primary")
-    if pressed:
+    if pressed := st.button("Write", type="primary"):
         st.session_state.replies = {name: Reply(prompt) for name in chosen}
     logs = {n: read_log(path) for n, path in chosen.items() if (Path(path) / "log.jsonl").is_file()}
     replies = {n: r for n, r in st.session_state.get("replies", {}).items() if n in chosen}
@@ -264,9 +265,8 @@ def page(config, slot):
             st.caption(" · ".join(scores))
             box = st.empty()
             if pressed:
-                flags = sample.SampleConfig(chosen[name], device=config.device, **options)
                 with slot.lock:
-                    write(replies[name], slot, flags, box)
+                    write(replies[name], slot, sample.SampleConfig(chosen[name], **options), box)
             if name in replies:
                 show_text(replies[name], box)
 

@@ -1,6 +1,7 @@
 """What a run folder holds, and how a run survives kills, full disks and damage.
 
     run_dir/log.jsonl       one JSON object a line, every step once
+    run_dir/curve.png       drawn from it at each evaluation, where matplotlib is installed
     run_dir/latest          the name of the checkpoint to continue from
     run_dir/.lock           held by the run at work; the kernel frees it when that process dies
     run_dir/step_NNNNNN/    model.safetensors   the whole weights under their plain names
@@ -316,6 +317,19 @@ class Log:
         if self.file:
             self.flush()
             os.fsync(self.file.fileno())
+
+    def draw(self):
+        """Draw the curves so far into curve.png, where matplotlib is installed."""
+        if not self.file:
+            return
+        import compare
+
+        try:
+            compare.draw({self.run.name: [compare.read_run(self.run)]}, self.run / "curve.png")
+        except OSError as error:
+            self.say(f"warning: no curve.png: {error}")
+        except ModuleNotFoundError:
+            pass
 
     def say(self, text):
         if self.file:

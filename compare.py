@@ -1,117 +1,736 @@
-"""python compare.py runs/gpt2_124m runs/rope_gqa --out runs/comparison
+"""python compare.py configs/gpt2_124m.toml configs/rope_gqa.toml --seeds 3 --max_steps 2000
+python compare.py runs/gpt2_124m runs/rope_gqa --out runs/comparison
 
-Run folders -> a table on the terminal and curves.png: validation loss and HellaSwag against
-tokens, from the logs alone, at any time. Drawing needs matplotlib: pip install matplotlib
+Configs -> one fair table and its curves. Every config is trained once per seed, by train_gpt2.py,
+on the same tokens in the same order, with the weights that configs share starting equal; any flag
+of train_gpt2.py holds for every run. Run the same command again to continue; with --out on a shared
+disk several machines may run it at once and share the work. Folders of runs that were trained
+otherwise are compared alike, those named seed_N as one config's seeds.
+
+    OUT/runs/NAME/seed_S/                    the runs, as train_gpt2.py leaves them
+    OUT/results.md, results.json             the table, from their logs alone
+    OUT/curves.png, curves.svg               needs matplotlib; more than one seed needs scipy too
+    OUT/lengths.md, lengths.json             --lengths: the loss at longer contexts than trained
 """
 
+import contextlib
+import dataclasses
+import io
 import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 from tyro.conf import Positional
 
+import checkpoints
 import cli
-from fineweb import write_beside
+import switches
+from fineweb import load_shards, match_vocabulary, write_beside
+from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
+from train_gpt2 import TrainConfig, Windows, clock, short
 
 # acc_norm of all 10,042 items by the completion protocol; GPT-3's is its paper's, for 124M
 HELLASWAG_MARKS = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
+MUST_AGREE = ("block_size", "vocab_used", "val_tokens", "hellaswag_limit", "overfit_single_batch")
+PIP = "pip install matplotlib scipy"
 
 
 @dataclass
 class CompareConfig:
-    runs: Positional[tuple[str, ...]]
-    """run folders, each with a log.jsonl"""
+    inputs: Positional[tuple[str, ...]]
+    """config files to train, or folders of runs; the others are compared with the first"""
     out: str = "runs/comparison"
-    """folder of curves.png"""
+    """folder of the runs, the table and the curves"""
+    base: str = ""
+    """a config file that is read before each of the others"""
+    seeds: int = 1
+    """runs of each config: with --seed, --seed + 1, ...; 3 or more tell noise from effect"""
+    match: Literal["none", "params"] = "none"
+    """params sets mlp_hidden so that every config has the first one's parameters within 1%"""
+    jobs: int = 0
+    """runs at a time; 0 = one per GPU, on CPU one"""
+    lengths: str = ""
+    """score the last checkpoints at multiples of their context too, such as 1,2,4: lengths.md"""
+    report_only: bool = False
+    """train nothing: write the table and curves of what is finished"""
 
     def __post_init__(self):
-        if not self.runs:
-            raise ValueError("name one run folder or more, such as runs/quickstart")
+        if not self.inputs:
+            raise ValueError("name config files to train, or run folders such as runs/quickstart")
+        if self.seeds < 1 or self.jobs < 0:
+            raise ValueError("seeds must be 1 or more, jobs 0 or more")
+        is_toml = {path.endswith(".toml") for path in self.inputs}
+        if len(is_toml) > 1:
+            raise ValueError("give config files (.toml) or run folders, not both at once")
+        self.trains = is_toml.pop()
+        try:
+            self.multiples = [int(text) for text in self.lengths.split(",")] if self.lengths else []
+        except ValueError:
+            self.multiples = [0]
+        if min(self.multiples, default=1) < 1:
+            raise ValueError(f"lengths is {self.lengths}; give whole numbers, such as 1,2,4")
+        names = [name_of(path) for path in self.inputs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two of the inputs are called {name}: rename one")
 
 
-def read_log(run):
-    """A run's log -> its start entry and, for each of val_loss, hellaswag_acc_norm, train_loss
-    and tok_per_s, the list of (step, value)."""
-    path = Path(run) / "log.jsonl"
-    if not path.is_file():
-        raise ValueError(f"no {path}: give the folder of a run that train_gpt2.py started")
-    start, series = None, {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+def name_of(path):
+    """A config file or run folder -> its name in the table."""
+    return Path(path).stem if path.endswith(".toml") else Path(os.path.abspath(path)).name
+
+
+# ----------------------------------------------------------------------------- reading logs
+
+
+@dataclass
+class Run:
+    """What a log says. values: {key: {step: value}} for all that was logged by step."""
+
+    folder: Path
+    start: dict
+    values: dict
+
+    @property
+    def config(self):
+        return self.start["config"]
+
+    @property
+    def seed(self):
+        return self.config.get("seed", 0)
+
+    @property
+    def finished(self):
+        """Whether the last step's evaluations are logged too."""
+        last, config = self.start.get("steps", 0), self.config
+        wanted = ["val_loss"] + ["hellaswag_acc_norm"] * bool(config.get("hellaswag_every"))
+        return all(max(self.values.get(key, {-1: 0})) >= last for key in wanted)
+
+    def curve(self, key):
+        """-> steps and values of a key, two lists."""
+        points = self.values.get(key, {})
+        return sorted(points), [points[step] for step in sorted(points)]
+
+    def last(self, key):
+        _, values = self.curve(key)
+        return values[-1] if values else None
+
+    def seconds(self, steps):
+        """Training time in s after each of the steps: evaluations and checkpoints left out."""
+        done, speeds = self.curve("tok_per_s")
+        spent = np.cumsum([0.0, *(self.config["total_batch_tokens"] / s for s in speeds)])
+        return np.interp(steps, [0, *done], spent).tolist()
+
+
+def read_run(folder):
+    """The Run of a run folder, or None when it has no log yet; ValueError for a foreign one."""
+    path = Path(folder) / "log.jsonl"
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    if lines == [b""]:
+        return None
+    start, values = None, {}
+    for number, line in enumerate(lines, 1):
+        if not line or (start and number == len(lines)):  # the last one may be half there
+            continue
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from None
         if not isinstance(entry, dict):
             raise ValueError(f"{path} line {number} is no JSON object but {str(entry)[:40]}")
-        if entry.get("event") == "start":
+        if entry.get("event") in ("start", "resume"):  # a resumed run may have got more steps
             start = entry
-        for name in ("val_loss", "hellaswag_acc_norm", "train_loss", "tok_per_s"):
-            if entry.get(name) is not None:  # null: a step that was skipped
-                series.setdefault(name, []).append((entry["step"], entry[name]))
+        for name, value in entry.items():
+            if "step" in entry and isinstance(value, int | float):  # null: a step was skipped
+                values.setdefault(name, {})[entry["step"]] = value
     if start is None:
         raise ValueError(f"{path} has no start entry: it is not a whole log")
     if "parameters" not in start or "total_batch_tokens" not in start.get("config", {}):
         raise ValueError(f"{path} is of another version: its start entry has no sizes")
-    return start, series
+    return Run(Path(folder), start, values)
 
 
-def row(run, start, series):
-    """One line of the table."""
-    val = series.get("val_loss", [(0, float("nan"))])[-1]
-    score = series.get("hellaswag_acc_norm")
-    speeds = sorted(value for _, value in series.get("tok_per_s", [(0, float("nan"))]))
-    tokens = val[0] * start["config"]["total_batch_tokens"]
-    return (
-        f"{Path(run).name:<24}{start['parameters']:>13,}{tokens:>16,}{val[1]:>10.4f}"
-        f"{f'{score[-1][1]:.4f}' if score else '-':>11}{speeds[len(speeds) // 2]:>12,.0f}"
-    )
+def read_folders(path):
+    """A run folder, or a folder of seed_N runs -> the Runs of one config, by seed."""
+    folders = sorted(Path(path).glob("seed_*")) or [path]
+    runs = [run for run in map(read_run, folders) if run]
+    if not runs:
+        raise ValueError(
+            f"no {path}/log.jsonl: give the folder of a run that train_gpt2.py started"
+        )
+    return sorted(runs, key=lambda run: run.seed)
 
 
-def draw(logs, path):
-    """Draw every run's curves against tokens into a PNG."""
+def check_fair(configs):
+    """ValueError unless all of {name: flags} see the same tokens and are scored on the same."""
+    (first, reference), *others = configs.items()
+    for name, config in others:
+        for key in (*MUST_AGREE, "data_sha256"):
+            mine, theirs = config.get(key), reference.get(key)
+            if mine != theirs and None not in (mine, theirs):
+                hint = f"give --{key} for all" if key in MUST_AGREE else "use the same data_dir"
+                raise ValueError(
+                    f"no fair comparison: {first} has {key} {theirs}, {name} has {mine}; {hint}"
+                )
+
+
+def check_runs(groups):
+    """check_fair, for {name: Runs}."""
+    for name, runs in groups.items():
+        if len({run.seed for run in runs}) < len(runs):
+            raise ValueError(f"{name} has two runs with the same seed: move one elsewhere")
+    everyone = [run for runs in groups.values() for run in runs]
+    check_fair({
+        str(run.folder): run.config | {"data_sha256": run.start.get("data_sha256")}
+        for run in everyone
+    })  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- the numbers
+
+
+def paired(ours, first):
+    """Losses {seed: loss} of a config and of the first one -> {"mean", "ci95", "p"} of their
+    differences over the seeds they share: Student's paired t-test, two-sided. The interval and p
+    are None with one seed, all is None without a shared one."""
+    differences = [ours[seed] - first[seed] for seed in sorted(ours.keys() & first.keys())]
+    if not differences:
+        return {"mean": None, "ci95": [None, None], "p": None}
+    mean, n = statistics.fmean(differences), len(differences)
+    if n == 1:
+        return {"mean": mean, "ci95": [None, None], "p": None}
+    try:
+        from scipy.stats import t
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"more than one seed needs scipy: {PIP}") from None
+    error = statistics.stdev(differences) / math.sqrt(n)
+    half = t.ppf(0.975, n - 1) * error
+    p = 2 * t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
+    return {"mean": mean, "ci95": [mean - half, mean + half], "p": float(p)}
+
+
+def summary(runs):
+    """The numbers of one config from its finished Runs, as in results.json."""
+    config = GPTConfig(**{
+        field.name: runs[0].config[field.name]
+        for field in dataclasses.fields(GPTConfig)
+        if field.name in runs[0].config
+    })  # fmt: skip
+    losses = [run.last("val_loss") for run in runs]
+    steps = [run.curve("val_loss")[0][-1] for run in runs]
+    score = None
+    if runs[0].last("hellaswag_acc_norm") is not None:
+        score = {
+            "acc_norm": statistics.fmean(run.last("hellaswag_acc_norm") for run in runs),
+            "n": int(runs[0].last("hellaswag_n") or 0),
+            # of one run: the seeds share the items, so that more of them narrow it little
+            "se": statistics.fmean(run.last("hellaswag_se") or 0.0 for run in runs),
+        }
+    speeds = [speed for run in runs for speed in run.curve("tok_per_s")[1]]
+    peaks = [peak for run in runs for peak in run.curve("peak_memory_bytes")[1]]
+    return {
+        "parameters": runs[0].start["parameters"],
+        "flops_per_token": switches.flops_per_token(config),
+        "kv_bytes_per_token": switches.kv_bytes_per_token(config),
+        "tok_per_s": statistics.median(speeds) if speeds else None,
+        "peak_memory_bytes": max(peaks, default=None),
+        "wall_s": statistics.fmean(
+            run.seconds([step])[0] for run, step in zip(runs, steps, strict=True)
+        ),
+        "tokens": steps[0] * runs[0].config["total_batch_tokens"],
+        "val_loss": {
+            "mean": statistics.fmean(losses),
+            "sd": statistics.stdev(losses) if len(losses) > 1 else None,
+            "seeds": losses,
+        },
+        "hellaswag": score,
+    }
+
+
+def reaches(runs, loss):
+    """When the mean curve of Runs first is at `loss` or below, between validations on a straight
+    line -> {"tokens", "s"}, or None if it never is."""
+    steps, mean = mean_curve(runs, "val_loss")
+    below = next((i for i, value in enumerate(mean) if value <= loss), None)
+    if below is None:
+        return None
+    step = steps[below]
+    if below:
+        step = np.interp(-loss, [-mean[below - 1], -mean[below]], steps[below - 1 : below + 1])
+    seconds = statistics.fmean(run.seconds([step])[0] for run in runs)
+    return {"tokens": int(step * runs[0].config["total_batch_tokens"]), "s": seconds}
+
+
+def mean_curve(runs, key):
+    """Steps that all Runs have, and the mean of their values there."""
+    steps = sorted(set.intersection(*(set(run.values.get(key, {})) for run in runs)))
+    return steps, [statistics.fmean(run.values[key][step] for run in runs) for step in steps]
+
+
+def results(groups):
+    """{name: finished Runs} -> results.json's dict."""
+    first, configs = next(iter(groups)), {name: summary(runs) for name, runs in groups.items()}
+    reference = {run.seed: run.last("val_loss") for run in groups[first]}
+    for name, runs in groups.items():
+        row = configs[name]
+        row["seeds"] = [run.seed for run in runs]
+        fair = row["tokens"] == configs[first]["tokens"] and name != first
+        losses = {run.seed: run.last("val_loss") for run in runs}
+        row["diff"] = paired(losses, reference if fair else {})
+        row["reaches_first"] = reaches(runs, configs[first]["val_loss"]["mean"])
+        row["differs_in"] = {
+            key: value for key, value in sorted(runs[0].config.items())
+            if value != groups[first][0].config.get(key) and key not in ("run_dir", "seed")
+        }  # fmt: skip
+    return {"configs": configs, "first": first}
+
+
+def verdict(diff):
+    """A difference in loss, in words."""
+    low, high = diff["ci95"]
+    if diff["mean"] is None:
+        return "-"
+    if low is None:
+        return "one seed: noise unknown"
+    return "within noise" if low <= 0 <= high else "better" if high < 0 else "worse"
+
+
+# ----------------------------------------------------------------------------- the table
+
+
+def table(found, match, unfinished):
+    """results()'s dict -> results.md."""
+    configs, first = found["configs"], found["first"]
+    head = [
+        "config", "parameters", "MFLOP/token", "KV B/token", "tok/s", "peak memory", "tokens",
+        "validation loss", f"difference from {first}", "p", "verdict", "HellaSwag acc_norm",
+        "training time", f"reaches {first}'s loss after",
+    ]  # fmt: skip
+    rows = [cells(name, row, name == first) for name, row in configs.items()]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    counts = {len(row["val_loss"]["seeds"]) for row in configs.values()}
+    notes = [
+        f"Mean ± standard deviation over {' or '.join(map(str, sorted(counts)))} seeds; the "
+        "difference is paired by seed, with its 95% interval and Student's p, each pair alone: "
+        "among many rows one in twenty falls below 0.05 by chance. An interval that holds 0 is "
+        "within noise. HellaSwag ± the standard error over its items. Training time leaves out "
+        "evaluations and checkpoints.",
+        "Parameters are matched within 1% by mlp_hidden."
+        if match == "params"
+        else "Parameters are not matched: a larger model has an advantage.",
+    ]
+    if len({row["tokens"] for row in configs.values()}) > 1:
+        notes.append(
+            "Runs of other lengths have no difference: a schedule that ends at another token "
+            "count is another experiment. The last column compares them."
+        )
+    if unfinished:
+        notes.append(f"Not finished, so left out: {', '.join(unfinished)}.")
+    differs = [
+        f"- {name}: {', '.join(f'{k} {v}' for k, v in row['differs_in'].items()) or 'nothing'}"
+        for name, row in configs.items()
+        if name != first
+    ]
+    parts = ["\n".join(lines), *notes, "![curves](curves.png)"]
+    if differs:
+        parts += [f"Where a config differs from {first}:", "\n".join(differs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def cells(name, row, is_first):
+    loss, diff, score = row["val_loss"], row["diff"], row["hellaswag"]
+    spread = "" if loss["sd"] is None else f" ± {loss['sd']:.4f}"
+    change, p = "-", "-"
+    if diff["mean"] is not None:
+        change = f"{diff['mean']:+.4f}"
+    if diff["p"] is not None:
+        change += f" [{diff['ci95'][0]:+.4f}, {diff['ci95'][1]:+.4f}]"
+        p = f"{diff['p']:.2g}"
+    reached = row["reaches_first"]
+    after = f"{short(reached['tokens'])} tokens, {clock(reached['s'])}" if reached else "not yet"
+    return [
+        name, f"{row['parameters']:,}", f"{row['flops_per_token'] / 1e6:,.1f}",
+        f"{row['kv_bytes_per_token']:,}", f"{row['tok_per_s']:,.0f}" if row["tok_per_s"] else "-",
+        f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if row["peak_memory_bytes"] else "-",
+        short(row["tokens"]), f"{loss['mean']:.4f}{spread}", change, p,
+        "-" if is_first else verdict(diff),
+        f"{score['acc_norm']:.4f} ± {score['se']:.4f} (n {score['n']:,})" if score else "-",
+        clock(row["wall_s"]), "-" if is_first else after,
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- the picture
+
+
+def draw(groups, path):
+    """{name: Runs} -> curves of validation loss against tokens, FLOPs and seconds, and of HellaSwag
+    against tokens, means over seeds with their range; one picture per suffix of the path's."""
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("drawing needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        raise ModuleNotFoundError(f"drawing needs matplotlib: {PIP}") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for run, (start, series) in logs.items():
-        batch, name = start["config"]["total_batch_tokens"] / 1e6, Path(run).name
-        for axis, key in ((left, "val_loss"), (right, "hellaswag_acc_norm")):
-            points = series.get(key, [])
-            x, y = [step * batch for step, _ in points], [value for _, value in points]
-            axis.plot(x, y, marker=".", label=name)
-        x = [step * batch for step, _ in series.get("train_loss", [])]
-        y = [value for _, value in series.get("train_loss", [])]
-        left.plot(x, y, color="grey", alpha=0.25, linewidth=0.7, zorder=0)
-    for name, value in HELLASWAG_MARKS.items():
-        right.axhline(value, linestyle="--", color="grey", linewidth=0.8)
-        right.text(0.02, value, name, transform=right.get_yaxis_transform(), va="bottom", size=8)
-    right.axhline(0.25, linestyle=":", color="grey", linewidth=0.8)
-    right.text(0.02, 0.25, "chance", transform=right.get_yaxis_transform(), va="bottom", size=8)
-    left.set(xlabel="million tokens", ylabel="loss (nats)", title="validation (grey: training)")
-    right.set(xlabel="million tokens", ylabel="acc_norm", title="HellaSwag")
-    left.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_beside(str(path)) as file:
-        figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)
+    found = {name: summary(runs) for name, runs in groups.items() if runs[0].curve("val_loss")[0]}
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    (tokens, flops), (seconds, score) = figure.subplots(2, 2)
+    for name in found:
+        runs, batch = groups[name], groups[name][0].config["total_batch_tokens"]
+        steps, _ = mean_curve(runs, "val_loss")
+        spent = np.mean([run.seconds(steps) for run in runs], axis=0)
+        x = np.array(steps) * batch
+        plot(tokens, x / 1e6, runs, "val_loss", name)
+        plot(flops, x * found[name]["flops_per_token"], runs, "val_loss", name)
+        plot(seconds, spent, runs, "val_loss", name)
+        steps, _ = mean_curve(runs, "hellaswag_acc_norm")
+        plot(score, np.array(steps) * batch / 1e6, runs, "hellaswag_acc_norm", name)
+        if len(groups) == 1:
+            steps, losses = runs[0].curve("train_loss")
+            tokens.plot(np.array(steps) * batch / 1e6, losses, "grey", alpha=0.4, lw=0.7, zorder=0)
+    for name, value in (HELLASWAG_MARKS | {"chance": 0.25}).items():
+        score.axhline(value, linestyle=":" if name == "chance" else "--", color="grey", lw=0.8)
+        score.text(0.02, value, name, transform=score.get_yaxis_transform(), va="bottom", size=8)
+    for axis, label in ((tokens, "million tokens"), (flops, "FLOPs"), (seconds, "seconds")):
+        axis.set(xlabel=label, ylabel="validation loss (nats)")
+        low = [min(mean_curve(groups[name], "val_loss")[1]) for name in found]
+        high = [mean_curve(groups[name], "val_loss")[1] for name in found]
+        knee = max((values[len(values) // 4] for values in high), default=1)
+        if low and knee > min(low):  # the first quarter falls too far to see the rest beside it
+            axis.set_ylim(min(low) - 0.05 * (knee - min(low)), knee + 0.05 * (knee - min(low)))
+    score.set(xlabel="million tokens", ylabel="HellaSwag acc_norm")
+    if found:
+        tokens.legend(fontsize=8)
+    with matplotlib.rc_context({"svg.hashsalt": "nanoswitch"}):  # the same runs, the same file
+        for suffix, extra in ((".png", {"dpi": 110}), (".svg", {"metadata": {"Date": None}})):
+            if not path.suffix or path.suffix == suffix:
+                picture = io.BytesIO()
+                figure.savefig(picture, format=suffix[1:], **extra)
+                with write_beside(str(path.with_suffix(suffix))) as file:
+                    file.write(picture.getvalue())
+
+
+def plot(axis, x, runs, key, name):
+    """The mean of Runs as a line, their range as a band."""
+    steps, mean = mean_curve(runs, key)
+    values = np.array([[run.values[key][step] for step in steps] for run in runs])
+    (line,) = axis.plot(x, mean, marker=".", markersize=4, label=name)
+    if len(runs) > 1 and steps:
+        band = values.min(axis=0), values.max(axis=0)
+        axis.fill_between(x, *band, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+# ----------------------------------------------------------------------------- longer contexts
+
+
+def score_lengths(groups, multiples):
+    """{name: Runs} -> {name: {context: [loss of each seed]}} in nats: the last checkpoints
+    on the same validation tokens, cut into longer windows. None where positions end."""
+    found = {}
+    for name, runs in groups.items():
+        found[name] = {}
+        for T in [runs[0].config["block_size"] * k for k in multiples]:
+            losses = [score_length(run, T) for run in runs]
+            found[name][T] = None if None in losses else losses
+    return found
+
+
+def score_length(run, T):
+    """The validation loss of a run's last checkpoint in windows of T tokens, or None."""
+    import torch
+
+    model = GPT.from_checkpoint(run.folder)
+    if model.config.block_size < T and not model.transformer.wpe.extrapolates:
+        return None
+    device = pick_device(run.config.get("device", "auto"))
+    model = model.to(device).eval()
+    data_dir = run.config["data_dir"]
+    vocab = match_vocabulary(data_dir, model.config)
+    val = Windows(load_shards(data_dir, "val"), T, vocab)
+    count = min(run.config["val_tokens"] // T, val.count)
+    if not count:
+        raise ValueError(f"{run.folder} validates on fewer than {T} tokens; give shorter --lengths")
+    total, size = 0.0, max(1, 8192 // T)
+    with torch.no_grad(), autocast(device, pick_dtype(run.config.get("dtype", "auto"), device)):
+        for begin in range(0, count, size):
+            x, y = val.read(np.arange(begin, min(begin + size, count)))
+            total += model(x.to(device), y.to(device))[1].item() * len(x)
+    return total / count
+
+
+def lengths_table(found):
+    """score_lengths()'s dict -> lengths.md."""
+    lengths = list(next(iter(found.values())))
+    lines = [["config", *(f"T = {T:,}" for T in lengths)], ["---"] * (1 + len(lengths))]
+    for name, losses in found.items():
+        cells = [name]
+        for T in lengths:
+            seeds = losses.get(T)
+            spread = f" ± {statistics.stdev(seeds):.4f}" if seeds and len(seeds) > 1 else ""
+            cells.append(f"{statistics.fmean(seeds):.4f}{spread}" if seeds else "-")
+        lines.append(cells)
+    note = (
+        "Validation loss of the last checkpoints at contexts up to and beyond the trained one, the "
+        "same tokens at every length, mean ± standard deviation over seeds."
+    )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{note}\n"
+
+
+# ----------------------------------------------------------------------------- training them
+
+
+@dataclass
+class Job:
+    """One run to train: its arguments for train_gpt2.py and all flags they stand for."""
+
+    name: str
+    folder: Path
+    argv: list
+    config: dict
+    process: subprocess.Popen = None
+    slot: int = 0
+
+    def run(self):
+        """Its Run if it has begun; ValueError if that was made by other flags."""
+        run = read_run(self.folder)
+        for key, value in self.config.items() if run else ():
+            if run.config.get(key, value) != value and key not in ("run_dir", "max_steps"):
+                raise ValueError(
+                    f"{self.folder} was made with {key} {run.config[key]}, not {value}; give the "
+                    f"same flags or another --out"
+                )
+        return run
+
+    def done(self):
+        run = self.run()
+        steps = self.config["max_steps"]
+        return bool(
+            run and run.finished and run.start.get("steps") == (steps or run.start["steps"])
+        )
+
+    def share(self):
+        """The part of its steps that are logged, 0 to 1."""
+        run = read_run(self.folder)
+        steps = run and run.start.get("steps")
+        return min(1.0, max(run.values.get("train_loss", {0: 0})) / steps) if steps else 0.0
+
+
+def plan(config, flags):
+    """-> Jobs, seed by seed, so that all configs have their first seed soon."""
+    base = [config.base] if config.base else []
+    jobs, matched = [], None
+    for path in config.inputs:
+        argv = [*base, path, *flags]
+        model, train = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
+        matched = matched or switches.parameters(model)
+        if config.match == "params":
+            argv.append(f"--mlp_hidden={match_parameters(path, argv, matched)}")
+        for seed in range(train.seed, train.seed + config.seeds):
+            folder = Path(config.out) / "runs" / name_of(path) / f"seed_{seed}"
+            own = [*argv, f"--seed={seed}", f"--run_dir={folder}"]
+            model, train = cli.parse(GPTConfig, TrainConfig, argv=own, configs=True)
+            flat = dataclasses.asdict(model) | dataclasses.asdict(train)
+            jobs.append(Job(name_of(path), folder, own, flat))
+    check_fair({job.name: job.config for job in jobs})
+    return sorted(jobs, key=lambda job: job.config["seed"])
+
+
+def match_parameters(path, argv, wanted):
+    """The mlp_hidden with which a config has `wanted` parameters within 1%."""
+
+    def count(hidden):
+        flags = [*argv, f"--mlp_hidden={hidden}"]
+        return switches.parameters(cli.parse(GPTConfig, TrainConfig, argv=flags, configs=True)[0])
+
+    each = count(2) - count(1)  # the count is a straight line
+    exact = 1 + (wanted - count(1)) / each
+    for unit in (64, 8, 1):  # round widths are faster
+        hidden = round(exact / unit) * unit
+        if hidden > 0 and abs(count(hidden) / wanted - 1) < 0.01:
+            return hidden
+    raise ValueError(
+        f"no mlp_hidden brings {path} to {wanted:,} parameters within 1%; change its n_layer or "
+        f"n_embd, or leave --match out"
+    )
+
+
+def busy(folder):
+    """Whether another process trains there."""
+    try:
+        with checkpoints.sole_user(folder):
+            return False
+    except ValueError as error:
+        if "another process" not in str(error):
+            raise
+        return True
+
+
+def sweep(jobs, at_once):
+    """Train every Job that is not done, `at_once` at a time -> the lines of those that failed.
+
+    One that another process is training is passed over and looked at again later."""
+    from tqdm import tqdm
+
+    waiting = deque(job for job in jobs if not job.done())
+    active, failed, slots = [], [], deque(range(at_once))
+    pause = 1.0 if sys.stderr.isatty() else 60.0
+    shape = "{percentage:3.0f}%|{bar:20}| {n:.2f}/{total} runs, {elapsed} spent, {remaining} left"
+    bar = tqdm(total=len(jobs), bar_format=shape, mininterval=pause, maxinterval=pause)
+    bar.initial = bar.n = sum(job.share() for job in jobs)
+    with checkpoints.StopSignal(False) as signal, bar, stopping(active):
+        while waiting or active:
+            for _ in range(len(waiting)):
+                job = waiting.popleft()
+                if not slots or busy(job.folder):
+                    waiting.append(job)
+                elif not job.done():  # by another process, since we looked
+                    job.slot = slots.popleft()
+                    start(job, at_once)
+                    active.append(job)
+            time.sleep(0.5)
+            if signal.number:
+                break
+            for job in [job for job in active if job.process.poll() is not None]:
+                active.remove(job)
+                slots.append(job.slot)
+                if job.process.returncode or not job.done():
+                    failed.append(f"{job.folder}: {last_line(job.folder / 'output.txt')}")
+                    bar.write(f"failed: {failed[-1]}", file=sys.stderr)
+                else:
+                    loss = job.run().last("val_loss")
+                    bar.write(f"{job.folder}: validation loss {loss:.4f}", file=sys.stdout)
+            bar.n = sum(job.share() for job in jobs)
+            bar.refresh() if sys.stderr.isatty() else bar.update(0)
+    if signal.number:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(signal.status())
+    return failed
+
+
+@contextlib.contextmanager
+def stopping(active):
+    """On the way out, have the Jobs that are still at work save a checkpoint and end."""
+    try:
+        yield
+    finally:
+        for job in active:
+            job.process.terminate()
+        for job in active:
+            job.process.wait()
+
+
+def start(job, at_once):
+    """Start a Job's process, with a GPU or a share of the cores of its own."""
+    environment = dict(os.environ)
+    if at_once > 1:
+        import torch
+
+        cards = os.environ.get("CUDA_VISIBLE_DEVICES")
+        cards = cards.split(",") if cards else range(torch.cuda.device_count())
+        if len(cards):
+            environment["CUDA_VISIBLE_DEVICES"] = str(cards[job.slot % len(cards)])
+        else:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
+    job.folder.mkdir(parents=True, exist_ok=True)
+    script = Path(__file__).with_name("train_gpt2.py")
+    with open(job.folder / "output.txt", "ab") as output:
+        job.process = subprocess.Popen(
+            [sys.executable, str(script), *job.argv], env=environment,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def last_line(path):
+    lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
+    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+# ----------------------------------------------------------------------------- main
+
+
+def report(groups, config):
+    """Write all that OUT holds about {name: Runs}, and print the table."""
+    check_runs(groups)
+    finished = {name: [run for run in runs if run.finished] for name, runs in groups.items()}
+    unfinished = [str(run.folder) for runs in groups.values() for run in runs if not run.finished]
+    finished = {name: runs for name, runs in finished.items() if runs}
+    if next(iter(groups)) not in finished:
+        raise ValueError(f"{next(iter(groups))} has no finished run yet: nothing to compare with")
+    found, out = results(finished), Path(config.out)
+    files = {
+        "results.md": table(found, config.match, unfinished),
+        "results.json": json.dumps(found, indent=1),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    draw(finished, out / "curves")
+    if config.multiples:
+        losses = score_lengths(finished, config.multiples)
+        files |= {"lengths.md": lengths_table(losses), "lengths.json": json.dumps(losses, indent=1)}
+    for name, content in files.items():
+        with write_beside(str(out / name)) as file:
+            file.write(content.encode())
+    print_short(found)
+    print(f"written to {out}: {', '.join(files)}, curves.png, curves.svg")
+
+
+def print_short(found):
+    """The table's main columns, for a terminal."""
+    print(f"{'config':<20}{'parameters':>13}{'val loss':>18}{'difference':>12}  verdict")
+    for name, row in found["configs"].items():
+        loss, diff = row["val_loss"], row["diff"]
+        spread = "" if loss["sd"] is None else f" ± {loss['sd']:.4f}"
+        change = "" if diff["mean"] is None else f"{diff['mean']:+.4f}"
+        says = "" if name == found["first"] else verdict(diff)
+        mean = f"{loss['mean']:.4f}{spread}"
+        print(f"{name[:19]:<20}{row['parameters']:>13,}{mean:>18}{change:>12}  {says}")
+
+
+def parse():
+    """The command line -> CompareConfig, and the flags that are train_gpt2.py's."""
+    flags, inputs, asks_help = cli.split_argv(sys.argv[1:])
+    own = {field.name for field in dataclasses.fields(CompareConfig)}
+    theirs = {field.name for c in (GPTConfig, TrainConfig) for field in dataclasses.fields(c)}
+    for origin, name, _ in flags:
+        cli.check_name(origin, name, own | theirs)
+        if name == "run_dir":
+            cli.fail("--run_dir: every run gets its own under --out; leave it out", status=2)
+    argv = [f"--{name}={value}" for _, name, value in flags if name in own] + inputs
+    config = cli.parse(CompareConfig, argv=["--help"] if asks_help else argv)
+    return config, [f"--{name}={value}" for _, name, value in flags if name not in own]
 
 
 def main():
-    config = cli.parse(CompareConfig)
-    logs = {run: read_log(run) for run in config.runs}
-    print(
-        f"{'run':<24}{'parameters':>13}{'tokens':>16}{'val loss':>10}{'HellaSwag':>11}{'tok/s':>12}"
-    )
-    for run, (start, series) in logs.items():
-        print(row(run, start, series))
-    path = Path(config.out) / "curves.png"
-    draw(logs, path)
-    print(f"drawn: {path}")
+    config, flags = parse()
+    if not config.trains:
+        given = [*flags, *["--base"] * bool(config.base)]
+        if given:
+            raise ValueError(f"{given[0]} has no effect on finished runs: leave it out")
+        groups = {name_of(path): read_folders(path) for path in config.inputs}
+        return report(groups, config)
+    jobs, failed = plan(config, flags), []
+    if not config.report_only:
+        import torch
+
+        failed = sweep(jobs, config.jobs or torch.cuda.device_count() or 1)
+    groups = {name_of(path): [] for path in config.inputs}  # in their order
+    for job in jobs:
+        groups[job.name] += [run for run in [job.run()] if run]
+    groups = {name: runs for name, runs in groups.items() if runs}
+    if not groups:
+        raise ValueError(failed[0] if failed else f"no run in {config.out} has begun yet")
+    report(groups, config)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(jobs)} runs failed; the first: {failed[0]}")
 
 
 if __name__ == "__main__":

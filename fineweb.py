@@ -3,11 +3,13 @@
     python fineweb.py --source pydocs --out data/pydocs     # no network needed
     python fineweb.py --source my_texts/ --out data/mine    # parquet, jsonl[.gz|.zst], txt
     python fineweb.py --pretokenized kjj0/finewebedu10B-gpt2 --out data/ready --max_tokens 500000000
+    python fineweb.py --source pydocs --vocab_size 4096     # for a model small enough for a laptop
     python fineweb.py info data/mine                        # count and check the shards
 
-Text -> shards of GPT-2 token ids. The end-of-text id 50256 stands before every document,
-documents keep the source's order and run on from one shard into the next, shard 0 is val.
-Kill it at any time: the same command continues, and the shards come out byte for byte the same.
+Text -> shards of GPT-2 token ids. The end-of-text id, the last of the vocabulary (50256), stands
+before every document, documents keep the source's order and run on from one shard into the next,
+shard 0 is val. Kill it at any time: the same command continues, and the shards come out byte for
+byte the same.
 
     source --read--> Record --encode, in threads--> Batch --cut--> shards + manifest.json
 """
@@ -43,10 +45,11 @@ from hub import FINEWEB, FINEWEB_SUBSET, first_line, hub_download, hub_files
 
 EOT = 50256  # <|endoftext|>, before every document
 N_VOCAB = 50257
+LEAST_VOCAB = 257  # all bytes, no merges
 VAL_TOKENS = 10_485_760  # the automatic val shard: 20 batches of 2^19 tokens
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's .bin header: 256 int32
 BATCH_CHARS = 1 << 21  # text in one encoding task; bounds memory and amortises the thread hop
-RS, US, CUT = "\x1e", "\x1f", 50257  # marks that encode_texts puts into a text, and the id of US
+RS, US = "\x1e", "\x1f"  # marks that encode_texts puts into a text
 TXT_PIECE = 1 << 22  # a .txt longer than this is encoded piece by piece
 PYDOCS_PACKAGES = (
     "torch", "numpy", "datasets", "huggingface_hub", "pyarrow", "requests", "safetensors",
@@ -103,8 +106,12 @@ class Config:
     part: str = ""
     """I/N takes every N-th file of the source, from the I-th on. All N parts go into one folder, on
     one machine or on many, in any order; part 1 has the val shard, --max_tokens is shared evenly"""
+    vocab_size: int = N_VOCAB
+    """ids in the vocabulary: 257 to 50257, which is GPT-2's; fewer are its first ones, then the id
+    of end-of-text. A small model spends most of its compute on the head, which shrinks with it"""
     tokenizer: Literal["auto", "tiktoken", "tokie"] = "auto"
-    """auto takes tokie where it is installed (pip install tokie==0.1.4): the same ids, faster"""
+    """auto takes tokie where it is installed (pip install tokie==0.1.4) and the vocabulary whole:
+    the same ids, faster"""
     keep_downloads: bool = False
     """keep the hub's files under OUT/downloads instead of deleting each after use"""
 
@@ -114,13 +121,19 @@ class Config:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if max(self.shard_tokens, self.val_tokens) >= 2**31:
             raise ValueError("--shard_tokens and --val_tokens must be below 2**31")
+        if not LEAST_VOCAB <= self.vocab_size <= N_VOCAB:
+            limits = f"{LEAST_VOCAB} (the bytes and end-of-text) to {N_VOCAB} (GPT-2's)"
+            raise ValueError(f"--vocab_size must be from {limits}, not {self.vocab_size}")
+        if self.tokenizer == "tokie" and self.vocab_size < N_VOCAB:
+            raise ValueError("--tokenizer tokie knows the whole vocabulary only: use auto")
         part = re.fullmatch(r"(\d+)/(\d+)", self.part or "1/1")
         if not part or not 1 <= int(part[1]) <= int(part[2]):
             raise ValueError(f"--part must be I/N with I from 1 to N, not {self.part}")
         self.first, self.parts = int(part[1]), int(part[2])
         # in the name of everything that a part leaves in the folder
         self.tag = f"_part{self.first:03d}of{self.parts:03d}" if self.part else ""
-        for name in ("source", "name", "shard_tokens", "val_tokens", "format", "part"):
+        tokenising = ("shard_tokens", "val_tokens", "format", "part", "vocab_size")
+        for name in ("source", "name", *tokenising):
             if self.pretokenized and getattr(self, name) != getattr(Config, name):
                 raise ValueError(f"--{name} has no effect on --pretokenized shards: leave it out")
         if not self.out:
@@ -133,20 +146,22 @@ class Config:
 # Tokenizer
 
 
-@functools.lru_cache(maxsize=1)
-def get_tokenizer():
-    """tiktoken's GPT-2 Encoding, without network where one can do without."""
+@functools.lru_cache(maxsize=8)
+def get_tokenizer(vocab=N_VOCAB):
+    """tiktoken's GPT-2 Encoding, without network where one can do without.
+
+    vocab < N_VOCAB: its first vocab - 1 ids, then end-of-text. GPT-2's ids are the 256 bytes and
+    the merges in the order they were learnt, so that any beginning is a BPE of its own."""
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    return make_encoding(r50k_pat_str, {"<|endoftext|>": EOT})
+    return make_encoding(r50k_pat_str, vocab, {"<|endoftext|>": vocab - 1})
 
 
-def make_encoding(pattern, special):
+def make_encoding(pattern, vocab, special):
     import tiktoken
 
-    return tiktoken.Encoding(
-        "gpt2", pat_str=pattern, mergeable_ranks=gpt2_ranks(), special_tokens=special
-    )
+    ranks = {token: i for token, i in gpt2_ranks().items() if i < vocab - 1}
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 @functools.lru_cache(maxsize=1)
@@ -193,13 +208,15 @@ def is_gpt2(files):
     return all(os.path.isfile(path) and sha256(path) == GPT2_SHA256[n] for n, path in files.items())
 
 
-def gpt2_json(added=()):
+def gpt2_json(added=(), n_vocab=N_VOCAB):
     """The vocabulary as a dict in tokenizer.json's form; `added`: its added_tokens."""
     files = gpt2_vocabulary()
     with open(files["encoder.json"], encoding="utf-8") as file:
         vocab = json.load(file)
     with open(files["vocab.bpe"], encoding="utf-8") as file:
-        merges = file.read().split("\n")[1:-1]
+        merges = file.read().split("\n")[1:-1][: n_vocab - LEAST_VOCAB]
+    eot = {"<|endoftext|>": n_vocab - 1}
+    vocab = {token: i for token, i in vocab.items() if i < n_vocab - 1} | eot
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
         "version": "1.0",
@@ -228,21 +245,23 @@ def get_tokie():
         return tokie.Tokenizer.from_json(path)
 
 
-@functools.lru_cache(maxsize=1)
-def get_fast_tokenizer():
-    """tiktoken with FAST_PATTERN: RS stands for the end-of-text id, US cuts and must go."""
-    return make_encoding(FAST_PATTERN, {RS: EOT, US: CUT})
+@functools.lru_cache(maxsize=8)
+def get_fast_tokenizer(vocab=N_VOCAB):
+    """tiktoken with FAST_PATTERN: RS stands for the end-of-text id, US, id `vocab`, cuts and must
+    go."""
+    return make_encoding(FAST_PATTERN, vocab, {RS: vocab - 1, US: vocab})
 
 
-def encode_texts(texts, tokie=None):
-    """[str] -> [(n,) uint32 ids]: encode() of each, several times as fast; tokie: get_tokie()."""
+def encode_texts(texts, tokie=None, vocab=N_VOCAB):
+    """[str] -> [(n,) uint32 ids]: encode() of each, several times as fast; tokie: get_tokie(), for
+    the whole vocabulary only."""
     odd = [is_odd(text) for text in texts]
     plain = [text for text, o in zip(texts, odd, strict=True) if not o]
     try:
-        found = iter(encode_plain(plain, tokie) if plain else [])
+        found = iter(encode_plain(plain, tokie, vocab) if plain else [])
     except UnicodeEncodeError:  # lone surrogates
-        return [encode(text) for text in texts]
-    return [encode(text) if o else next(found) for text, o in zip(texts, odd, strict=True)]
+        return [encode(text, vocab) for text in texts]
+    return [encode(text, vocab) if o else next(found) for text, o in zip(texts, odd, strict=True)]
 
 
 def is_odd(text):
@@ -253,7 +272,7 @@ def is_odd(text):
     return marks or ("\t" in text and "\t'" in text)  # one character is found ten times as fast
 
 
-def encode_plain(texts, tokie):
+def encode_plain(texts, tokie, vocab=N_VOCAB):
     """encode_texts of texts none of which is_odd; UnicodeEncodeError for lone surrogates."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -266,17 +285,17 @@ def encode_plain(texts, tokie):
     joined = pa.scalar(RS + RS.join(texts), pa.large_string())
     run = f"({SPACE})({SPACE}[^{RS}{SPACE[1:]})"
     text = pc.replace_substring_regex(joined, run, rf"\1{US}\2").as_py()
-    ids = get_fast_tokenizer().encode_to_numpy(text, allowed_special="all")
-    ids = ids[ids != CUT]
-    return [part[1:] for part in np.split(ids, np.flatnonzero(ids == EOT))[1:]]
+    ids = get_fast_tokenizer(vocab).encode_to_numpy(text, allowed_special="all")
+    ids = ids[ids != vocab]
+    return [part[1:] for part in np.split(ids, np.flatnonzero(ids == vocab - 1))[1:]]
 
 
-def encode(text):
+def encode(text, vocab=N_VOCAB):
     """text -> (n,) uint32 ids: tiktoken's encode_ordinary, also where that one panics."""
     try:
-        return get_tokenizer().encode_to_numpy(text, disallowed_special=())
+        return get_tokenizer(vocab).encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:  # lone surrogates, replaced as encode_ordinary replaces them
-        return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), vocab)
     except ValueError:
         # \s+(?!\S) exhausts the regex engine on a very long run of whitespace. It would match all
         # of the run but the last character, so cutting there first leaves the ids as they are.
@@ -284,7 +303,7 @@ def encode(text):
         cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
         if len(cuts) == 2:
             raise
-        return np.concatenate([encode(text[a:b]) for a, b in itertools.pairwise(cuts)])
+        return np.concatenate([encode(text[a:b], vocab) for a, b in itertools.pairwise(cuts)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -323,8 +342,18 @@ def load_shards(folder, split):
         hint = f"python fineweb.py --source pydocs --out {folder}"
         raise ValueError(f"no {split} shard (.npy or .bin) in {folder}; make them: {hint}")
     for shard in shards:
-        check_ids(shard.filename, shard[: 2**16])
+        check_ids(shard.filename, shard[: 2**16], vocabulary(folder))
     return shards
+
+
+def vocabulary(folder):
+    """The --vocab_size of a folder's shards, by its manifests: N_VOCAB where there is none."""
+    manifests = read_manifests(folder).values()
+    sizes = [m["settings"].get("vocab_size", N_VOCAB) for m in manifests] or [N_VOCAB]
+    if sizes[0] not in range(LEAST_VOCAB, N_VOCAB + 1) or sizes.count(sizes[0]) < len(sizes):
+        listed = " and ".join(map(str, sizes))
+        raise ValueError(f"{folder} has manifests of vocab_size {listed}; keep one in a folder")
+    return sizes[0]
 
 
 def check_parts(folder):
@@ -350,7 +379,8 @@ def check_parts(folder):
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         hint = "run python fineweb.py with its --part"
         raise ValueError(f"{folder} is incomplete: {', '.join(bad[:3])}{more}; {hint}")
-    made = [(m["source"], m["settings"] | {"source": "", "part": ""}) for m in found.values()]
+    old, own = {"vocab_size": N_VOCAB}, {"source": "", "part": ""}  # not in old ones; each its own
+    made = [(m["source"], old | m["settings"] | own) for m in found.values()]
     for i, other in zip(found, made, strict=True):
         if other != made[0]:
             first = next(iter(found))
@@ -395,7 +425,7 @@ def open_shard(path):
     return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(length,))
 
 
-def write_shard(out, index, parts, fmt, tag=""):
+def write_shard(out, index, parts, fmt, tag="", vocab=N_VOCAB):
     """Write a list of (n,) uint16 arrays as shard number `index`; return its manifest entry."""
     split = "train" if index else "val"
     name = f"edufineweb_{split}{tag}_{index:06d}.{fmt}"
@@ -410,7 +440,7 @@ def write_shard(out, index, parts, fmt, tag=""):
         for chunk in itertools.chain([header.getvalue()], parts):
             file.write(chunk)
             digest.update(chunk)
-    documents = sum(int(np.count_nonzero(part == EOT)) for part in parts)
+    documents = sum(int(np.count_nonzero(part == vocab - 1)) for part in parts)
     entry = {"file": name, "split": split, "tokens": length, "documents": documents}
     return entry | {"sha256": digest.hexdigest()}
 
@@ -428,13 +458,13 @@ def write_beside(path):
 def info(folder):
     """Print tokens and documents per shard and split; ValueError naming the first bad shard."""
     paths, rows, bad = list_shards(folder), [], []
-    manifests = read_manifests(folder).values()
+    manifests, vocab = read_manifests(folder).values(), vocabulary(folder)
     recorded = {entry["file"]: entry["sha256"] for m in manifests for entry in m["shards"]}
     for path in sorted({*paths, *(os.path.join(folder, name) for name in recorded)}):
         name = os.path.basename(path)
         try:
             shard = open_shard(path)
-            documents = check_ids(path, shard)
+            documents = check_ids(path, shard, vocab)
             if name in recorded and sha256(path) != recorded[name]:
                 raise ValueError(f"{path} differs from what was written (sha256 in manifest.json)")
         except (ValueError, OSError) as error:
@@ -457,21 +487,42 @@ def info(folder):
 
 def has_gpt2_vocabulary(config):
     """Whether a model's ids can be GPT-2's; matrices padded for speed have up to 51,200 rows."""
-    return config.vocab_size >= N_VOCAB and config.vocab_used <= 51200
+    return config.vocab_size >= N_VOCAB and N_VOCAB <= config.vocab_used <= 51200
 
 
-def check_ids(path, shard):
+def trained_vocabulary(config):
+    """The --vocab_size of the shards that a model of this config fits."""
+    return N_VOCAB if has_gpt2_vocabulary(config) else min(config.vocab_used, config.vocab_size)
+
+
+def match_vocabulary(folder, config):
+    """vocabulary(folder); ValueError unless a model of this config fits it."""
+    vocab = vocabulary(folder)
+    rows = 50304 if vocab == N_VOCAB else vocab  # GPT-2's is padded for speed
+    if config.vocab_size < vocab:
+        raise ValueError(
+            f"vocab_size {config.vocab_size} is smaller than the shards' vocabulary of {vocab} ids;"
+            f" give --vocab_size {rows} --vocab_used {vocab}"
+        )
+    if trained_vocabulary(config) != vocab:
+        hint = f"give --vocab_used {vocab} --vocab_size {rows}"
+        raise ValueError(f"{folder} holds ids of a vocabulary of {vocab}: {hint}")
+    return vocab
+
+
+def check_ids(path, shard, vocab=N_VOCAB):
     """Count the documents of a shard (n,); ValueError when an id is outside the vocabulary."""
     documents = 0
     for start in range(0, len(shard), 1 << 24):
         ids = shard[start : start + (1 << 24)]
-        if ids.max() >= N_VOCAB:
-            i = int(np.argmax(ids >= N_VOCAB))
+        if ids.max() >= vocab:
+            i = int(np.argmax(ids >= vocab))
+            whose = "GPT-2's ids end" if vocab == N_VOCAB else f"a vocabulary of {vocab} ends"
             raise ValueError(
-                f"{path} holds id {ids[i]} at {start + i}; GPT-2's ids end at {EOT}: it was made "
+                f"{path} holds id {ids[i]} at {start + i}; {whose} at {vocab - 1}: it was made "
                 f"with another tokenizer, tokenise its text anew"
             )
-        documents += int(np.count_nonzero(ids == EOT))
+        documents += int(np.count_nonzero(ids == vocab - 1))
     return documents
 
 
@@ -695,15 +746,15 @@ def python_files():
 # Encoding
 
 
-def encode_source(records, workers, tokie=None):
+def encode_source(records, workers, tokie=None, vocab=N_VOCAB):
     """Records -> Batches in the same order, encoded by threads (tiktoken lets go of the GIL).
     At most 2 * workers + 1 batches exist at once, however long the source."""
-    get_tokenizer(), get_fast_tokenizer()  # once, before the threads ask for them
+    get_tokenizer(vocab), get_fast_tokenizer(vocab)  # once, before the threads ask for them
     pool, pending = ThreadPoolExecutor(workers), deque()
     try:
         for group in group_records(records):
             if group is not None:
-                pending.append(pool.submit(encode_group, group, tokie))
+                pending.append(pool.submit(encode_group, group, tokie, vocab))
             while pending and (group is None or len(pending) > 2 * workers):
                 yield pending.popleft().result()
         while pending:
@@ -728,14 +779,14 @@ def group_records(records):
         yield group
 
 
-def encode_group(group, tokie=None):
+def encode_group(group, tokie=None, vocab=N_VOCAB):
     """[Record] * n -> Batch: tokens (N,) uint16; starts (n + 1,), where in tokens each record
     begins, and numbers (n + 1); the last of each stand for the record after the batch."""
     parts, starts, length = [], [], 0
     texts = [record.text for record in group]
-    for record, ids in zip(group, encode_texts(texts, tokie), strict=True):
+    for record, ids in zip(group, encode_texts(texts, tokie, vocab), strict=True):
         starts.append(length)
-        parts += [np.array([EOT], dtype=np.uint32), ids] if record.is_start else [ids]
+        parts += [np.array([vocab - 1], dtype=np.uint32), ids] if record.is_start else [ids]
         length += len(ids) + record.is_start
     numbers = [record.number for record in group] + [group[-1].number + 1]
     starts = np.array([*starts, length])
@@ -921,10 +972,12 @@ def tokenize(config, manifest):
         left = limit - manifest["tokens"]
     workers = config.workers or os.cpu_count() or 1
     os.environ.setdefault("RAYON_NUM_THREADS", str(workers))  # tokie's own threads
-    tokie = None if config.tokenizer == "tiktoken" else get_tokie()
+    whole = config.vocab_size == N_VOCAB
+    tokie = get_tokie() if whole and config.tokenizer != "tiktoken" else None
     if config.tokenizer == "tokie" and not tokie:
         raise ValueError(f"--tokenizer tokie needs `pip install tokie=={TOKIE_VERSION}`")
-    batches = encode_source(read_source(source, position), workers, tokie)
+    records = read_source(source, position)
+    batches = encode_source(records, workers, tokie, config.vocab_size)
     batches = trim(batches, position["token"], left)
     batches = show_progress(batches, manifest["tokens"], limit)
     sizes = itertools.repeat(config.shard_tokens)
@@ -934,7 +987,8 @@ def tokenize(config, manifest):
         sizes = itertools.chain([val_tokens], sizes)
     for parts, position in cut_shards(batches, sizes):
         index = len(shards) + (not first)
-        shards.append(write_shard(config.out, index, parts, config.format, config.tag))
+        made = (config.out, index, parts, config.format, config.tag, config.vocab_size)
+        shards.append(write_shard(*made))
         manifest["position"] = position
         save_manifest(config, manifest)
         for name, _ in source.files[: position["file"]] if source.remote else []:

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 import cli
-from fineweb import EOT, N_VOCAB, get_tokenizer, has_gpt2_vocabulary, write_beside
+from fineweb import EOT, N_VOCAB, get_tokenizer, trained_vocabulary, write_beside
+from hf import vocabulary_of
 from hub import hub_download
 from model import GPT, KVCache, autocast, pick_device, pick_dtype
 
@@ -169,19 +170,21 @@ class Example(NamedTuple):
     label: int
 
 
-def tokenize_items(items, protocol):
-    """Items -> a list of Examples for "completion" or "harness". Worth doing once."""
-    return [PROTOCOLS[protocol](item, get_tokenizer().encode_ordinary) for item in items]
+def tokenize_items(items, protocol, vocab=N_VOCAB):
+    """Items -> a list of Examples for "completion" or "harness", in GPT-2's first `vocab` ids (see
+    get_tokenizer). Worth doing once."""
+    encode = get_tokenizer(vocab).encode_ordinary
+    return [PROTOCOLS[protocol](item, encode, vocab - 1) for item in items]
 
 
-def completion(item, encode):
+def completion(item, encode, eot=EOT):
     """Context and ending are encoded apart, and nothing is cleaned."""
     context = encode(item["ctx"])
     endings = [encode(" " + ending) for ending in item["endings"]]
-    return Example([join(context, ending) for ending in endings], None, item["label"])
+    return Example([join(context, ending, eot) for ending in endings], None, item["label"])
 
 
-def harness(item, encode):
+def harness(item, encode, eot=EOT):
     """Context and ending are encoded as one text, cut where the context's own tokens end."""
     context = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
     endings = [clean(ending) for ending in item["endings"]]
@@ -189,7 +192,7 @@ def harness(item, encode):
     rows = []
     for ending in endings:
         ids = encode(context + " " + ending)
-        rows.append(join(ids[:length], ids[length:]))
+        rows.append(join(ids[:length], ids[length:], eot))
     return Example(rows, [len(ending) for ending in endings], item["label"])
 
 
@@ -204,8 +207,8 @@ def clean(text):
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def join(context, ending):
-    context = context or [EOT]  # a first token needs one before it to be predicted from
+def join(context, ending, eot):
+    context = context or [eot]  # a first token needs one before it to be predicted from
     return Row((*context, *ending), len(ending))
 
 
@@ -213,7 +216,7 @@ def join(context, ending):
 # Scores
 
 
-def evaluate(model, examples, batch_tokens=0, rank=0, world=1):
+def evaluate(model, examples, batch_tokens=0, rank=0, world=1, vocab=N_VOCAB):
     """Score the examples -> {"n", "acc", "acc_norm", "se"}, se the standard error of acc_norm.
 
     Runs on the model's device under the caller's autocast, in eval mode, and puts the mode back.
@@ -221,7 +224,7 @@ def evaluate(model, examples, batch_tokens=0, rank=0, world=1):
     hits are summed over torch.distributed, so that all ranks return the same.
     """
     mine = examples[rank::world]
-    hits = count_hits(predict(model, mine, batch_tokens), mine)  # (2,)
+    hits = count_hits(predict(model, mine, batch_tokens, vocab=vocab), mine)  # (2,)
     if world > 1:
         import torch.distributed as dist
 
@@ -230,14 +233,15 @@ def evaluate(model, examples, batch_tokens=0, rank=0, world=1):
     return summarize(hits, len(examples))
 
 
-def predict(model, examples, batch_tokens=0, progress=""):
+def predict(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
     """The chosen ending of every example -> (n, 2) int64: by summed loss, and by normed loss.
 
-    progress: what to write before a progress bar; empty shows none."""
+    progress: what to write before a progress bar; empty shows none. vocab: that of the examples;
+    ValueError when it is not the model's."""
     config = model.config
-    if not has_gpt2_vocabulary(config):
+    if trained_vocabulary(config) != vocab:
         raise ValueError(
-            f"the tokens are GPT-2's {N_VOCAB}, this model's vocabulary is {config.vocab_size}"
+            f"the tokens are GPT-2's {vocab}, this model's vocabulary is {config.vocab_size}"
         )
     longest = math.inf if model.transformer.wpe.extrapolates else config.block_size
     fitted = [[cut(row, longest) for row in example.rows] for example in examples]
@@ -339,12 +343,13 @@ def main():
     items = load_items(config.data, config.limit, config.seed)
     device = pick_device(config.device)
     model = GPT.from_checkpoint(config.checkpoint).to(device)
+    vocab = vocabulary_of(config.checkpoint, model.config) or N_VOCAB  # which predict refuses
     result = {"n": len(items)}
     lines = [{"ind": item["ind"], "label": item["label"]} for item in items]
     for name in PROTOCOLS if config.protocol == "both" else [config.protocol]:
-        examples = tokenize_items(items, name)
+        examples = tokenize_items(items, name, vocab)
         with autocast(device, pick_dtype(config.dtype, device)):
-            predictions = predict(model, examples, config.batch_tokens, progress=name)
+            predictions = predict(model, examples, config.batch_tokens, name, vocab)
         score = summarize(count_hits(predictions, examples), len(items))
         result[name] = {key: score[key] for key in ("acc", "acc_norm", "se")}
         for line, (pred, pred_norm) in zip(lines, predictions.tolist(), strict=True):

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from tyro.conf import Positional
 
 import cli
-from fineweb import EOT, N_VOCAB, gpt2_json
+from fineweb import LEAST_VOCAB, N_VOCAB, get_tokenizer, gpt2_json, has_gpt2_vocabulary
 from hub import hub_download, with_retries
 from model import GPT, GPTConfig, read_json, read_safetensors
 
@@ -247,6 +248,8 @@ def load(name_or_folder):
     folder = Path(name_or_folder)
     if not folder.is_dir():
         folder = download(str(name_or_folder))
+        if "model" in read_json(folder / "config.json"):  # ours, as no layout held it
+            return GPT.from_checkpoint(folder)
     config, layout = read_config(folder)
     weights = to_ours(read_weights(folder), config, layout, folder)
     return GPT.empty(config).load_weights(weights, folder)
@@ -356,6 +359,36 @@ def check_whole(path):
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
+def vocabulary_of(checkpoint, config):
+    """How many of GPT-2's ids (get_tokenizer's vocab) a checkpoint was trained on; None when its
+    ids are not GPT-2's.
+
+    Fewer than all of them only a run, a step or an export made here has: its config.json has our
+    "model", or our "vocab_used" with the end-of-text id that save() writes. Any other small
+    vocabulary is one of its own."""
+    if has_gpt2_vocabulary(config):
+        return N_VOCAB
+    folder, used = Path(checkpoint), config.vocab_used
+    if not folder.is_dir() or not LEAST_VOCAB <= used < N_VOCAB:
+        return None
+    if (folder / "latest").is_file():
+        return used
+    about = read_json(folder / "config.json")
+    exported = "vocab_used" in about and about.get("eos_token_id") == used - 1
+    return used if "model" in about or exported else None
+
+
+def own_tokenizer(checkpoint, config):
+    """None for GPT-2's vocabulary, else the checkpoint's own: encode(), decode() and eot."""
+    vocab = vocabulary_of(checkpoint, config)
+    if vocab == N_VOCAB:
+        return None
+    if vocab is None:
+        return Tokenizer(checkpoint)
+    cut = get_tokenizer(vocab)
+    return SimpleNamespace(encode=cut.encode, decode=cut.decode, eot=vocab - 1)
+
+
 class Tokenizer:
     """The vocabulary of a Hugging Face folder or hub name that is not GPT-2's: tokenizer.json.
 
@@ -396,9 +429,10 @@ class Tokenizer:
 # Model -> folder
 
 
-def save(model, folder):
+def save(model, folder, vocab=N_VOCAB):
     """Write a GPT as a new Hugging Face folder, in fp32 -> its model_type.
 
+    vocab: the checkpoint's vocabulary_of(); only a model of that many ids gets the tokenizer.
     ValueError when no layout holds the model, or the folder exists and is not empty."""
     config, folder = model.config, Path(folder)
     if len(set(config.windows)) == 1:  # a pattern without a mix
@@ -421,13 +455,12 @@ def save(model, folder):
         name: w.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
         for name, w in to_theirs(state, held, layout).items()
     }
-    gpt2_vocabulary = config.vocab_used == N_VOCAB
-    eot = EOT if gpt2_vocabulary else None
+    eot = vocab - 1 if config.vocab_used == vocab else None
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    if gpt2_vocabulary:
-        write_tokenizer(beside, config.block_size)
+    if eot:
+        write_tokenizer(beside, config.block_size, vocab)
     save_file(weights, beside / WEIGHTS, {"format": "pt"})
     write_json(beside / "config.json", write_config(held, kind, eot))
     generation = {"bos_token_id": eot, "eos_token_id": eot}
@@ -460,13 +493,13 @@ def write_config(config, kind, eot):
     return hf
 
 
-def write_tokenizer(folder, block_size):
-    """GPT-2's vocabulary: the ids of tiktoken's encode_ordinary, except that <|endoftext|> in a
-    text is the end-of-text id unless split_special_tokens=True is passed."""
+def write_tokenizer(folder, block_size, vocab):
+    """GPT-2's vocabulary, cut to `vocab` ids: those of tiktoken's encode_ordinary, except that
+    <|endoftext|> in a text is the end-of-text id unless split_special_tokens=True is passed."""
     name, verbatim = "<|endoftext|>", ("single_word", "lstrip", "rstrip", "normalized")
-    special = {"id": EOT, "content": name, "special": True, **dict.fromkeys(verbatim, False)}
+    special = {"id": vocab - 1, "content": name, "special": True, **dict.fromkeys(verbatim, False)}
     # vocab.json and merges.txt would do for GPT-2, but not beside a Mistral config
-    write_json(folder / "tokenizer.json", gpt2_json([special]))
+    write_json(folder / "tokenizer.json", gpt2_json([special], vocab))
     about = dict.fromkeys(("bos_token", "eos_token", "unk_token"), name)
     about |= {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
     write_json(folder / "tokenizer_config.json", about)
@@ -479,7 +512,8 @@ def write_json(path, value):
 def main():
     config = cli.parse(Config)
     model = GPT.from_checkpoint(config.checkpoint)
-    kind = save(model, config.out)
+    vocab = vocabulary_of(config.checkpoint, model.config) or N_VOCAB
+    kind = save(model, config.out, vocab)
     print(f"{config.out}: {model.num_params():,} parameters in {kind} layout")
     if not (Path(config.out) / "tokenizer.json").exists():
         used = model.config.vocab_used

@@ -1,9 +1,13 @@
 """python sample.py runs/quickstart --prompt "The function returns" --num_samples 3
+python sample.py runs/quickstart --chat
+python sample.py runs/quickstart --push OWNER/NAME
 
 Checkpoint -> text. CHECKPOINT is a run or step folder, a Hugging Face folder or a hub name.
 """
 
+import contextlib
 import copy
+import re
 import sys
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,8 +16,9 @@ import torch
 from tyro.conf import Positional
 
 import cli
-from fineweb import EOT, get_tokenizer, has_gpt2_vocabulary
-from hf import Tokenizer
+import hub
+from fineweb import EOT, get_tokenizer
+from hf import own_tokenizer
 from model import GPT, autocast, pick_device, pick_dtype
 
 
@@ -39,6 +44,12 @@ class SampleConfig:
     """auto takes cuda, else mps, else cpu"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision of the matrix products; auto takes what is fast on the device"""
+    chat: bool = False
+    """talk to the model in the terminal, from the prompt if one is given; /help lists commands"""
+    push: str = ""
+    """upload the checkpoint to this hub repo, OWNER/NAME, instead; the hub name to load it by"""
+    public: bool = False
+    """whether everyone may read the repo that push makes"""
 
     def __post_init__(self):
         for name in ("max_new_tokens", "num_samples"):
@@ -46,15 +57,25 @@ class SampleConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.temperature < 0 or self.top_k < 0 or self.seed < 0:
             raise ValueError("temperature, top_k and seed must be 0 or more")
+        if 0 < self.temperature < 1e-6:  # the logits would overflow
+            raise ValueError(f"temperature is {self.temperature}; 0 takes the likeliest token")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.chat and self.num_samples > 1:
+            raise ValueError("a chat has one reply at a time; leave out --chat or --num_samples")
+        if self.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            raise ValueError(f"push is '{self.push}'; it must be OWNER/NAME, such as me/model")
+        if self.public and not self.push:
+            raise ValueError("public says who may read what --push OWNER/NAME uploads; give both")
+        if self.push and self.chat:
+            raise ValueError("push and chat are two commands; leave out one")
 
 
 def sample(model, prompt, config, own=None):
     """Continue a prompt -> a list of num_samples texts, the prompt left out.
 
-    Tokens after a sample's end-of-text token are not part of it. own: the model's hf.Tokenizer,
-    if its vocabulary is not GPT-2's."""
+    Tokens after a sample's end-of-text token are not part of it. own: the model's
+    hf.own_tokenizer, unless its vocabulary is GPT-2's."""
     tokenizer, eot = pick_tokenizer(own)
     ids = encode(tokenizer, eot, prompt)
     columns = list(draw(model, ids, config, eot))
@@ -143,14 +164,129 @@ def decoder(model, dtype, rows):
 
 
 def load(checkpoint, device="auto"):
-    """A checkpoint, by path or hub name -> its model, and its hf.Tokenizer unless it is GPT-2's."""
+    """A checkpoint, by path or hub name -> its model and its hf.own_tokenizer."""
     model = GPT.from_checkpoint(checkpoint).to(pick_device(device)).eval()
-    return model, None if has_gpt2_vocabulary(model.config) else Tokenizer(checkpoint)
+    return model, own_tokenizer(checkpoint, model.config)
+
+
+# ----------------------------------------------------------------------------- the chat
+
+COMMANDS = """\
+/reset             forget the conversation
+/temp X            temperature: 0 takes the likeliest token, 1 the model's own probabilities
+/topk K            draw from the K likeliest tokens; 0 = from all
+/seed S            same seed, same replies from here on
+/model CHECKPOINT  go on with another model
+/help              these lines
+/quit              end, as Ctrl-D does
+An empty line lets the model go on. Ctrl-C stops a reply. A space before / makes it text."""
+SETTINGS = {"/temp": ("temperature", float), "/topk": ("top_k", int), "/seed": ("seed", int)}
+# a model's text must not steer the terminal: no escape sequences, bells, backspaces
+CONTROLS = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
+
+
+class Chat:
+    """A text that the user and a base model continue in turns."""
+
+    def __init__(self, config):
+        self.config, self.replies = config, 0
+        self.text = config.prompt if config.prompt != SampleConfig.prompt else ""
+        self.warned = False
+        self.use(config.checkpoint)
+        print("A base model: it continues your text rather than answers it. /help lists commands.")
+
+    def use(self, checkpoint):
+        self.model, self.own = load(checkpoint, self.config.device)
+        size, context = self.model.num_params() / 1e6, self.model.config.block_size
+        print(f"{checkpoint}: {size:.1f}M parameters, a context of {context} tokens")
+
+    def run(self):
+        with contextlib.suppress(ImportError):  # gives input() arrow keys and a history
+            import readline  # noqa: F401
+        sys.stdin.reconfigure(errors="replace")
+        while True:
+            replying = False
+            try:
+                line = input("> ")
+                replying = True
+                if line.split() == ["/quit"]:
+                    return
+                (self.command if line.startswith("/") else self.reply)(line)
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n(stopped)" if replying else "\n(/quit or Ctrl-D ends the chat)")
+            except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
+                if not replying:  # the terminal is gone
+                    raise
+                print("error: " + " ".join(str(error).split()))
+
+    def command(self, line):
+        name, _, value = map(str.strip, line.partition(" "))
+        if name == "/reset":
+            self.text, self.warned = "", False
+        elif name == "/help":
+            print(COMMANDS)
+        elif name == "/model":
+            self.use(value)
+        elif name in SETTINGS:
+            self.set(*SETTINGS[name], value)
+        else:
+            raise ValueError(f"unknown command {line}; /help lists them")
+
+    def set(self, field, kind, text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not abs(value) < 2**63:  # nan neither
+            whole = "whole " if kind is int else ""
+            raise ValueError(f"{field} '{text}' is no {whole}number below 2**63")
+        self.config = replace(self.config, **{field: value})
+        self.replies = 0 if field == "seed" else self.replies
+
+    def reply(self, line):
+        """Print what the model makes of the conversation and this line. A seed of its own for
+        each reply, or the same line would always get the same one."""
+        self.text += ("\n" if self.text and line else "") + line
+        ids, room = self.fit()
+        seed, self.replies = self.config.seed + self.replies, self.replies + 1
+        config = replace(self.config, seed=seed, max_new_tokens=room)
+        for piece in stream_text(self.model, ids, config, self.own):
+            self.text += piece
+            print(piece.translate(CONTROLS), end="", flush=True)
+        print()
+
+    def fit(self):
+        """The conversation as token ids, its oldest text dropped where the context would not hold
+        it and a reply, and how many tokens there are for the reply."""
+        tokenizer, eot = pick_tokenizer(self.own)
+        ids, context = encode(tokenizer, eot, self.text), self.model.config.block_size
+        room = min(self.config.max_new_tokens, context // 2)
+        if len(ids) + room > context:
+            ids = ids[room - context :]
+            while len(ids) > 1 and tokenizer.decode(ids).startswith("\ufffd"):
+                del ids[0]  # the rest of a character that was cut
+            self.text = tokenizer.decode(ids)
+            if not self.warned:
+                print(f"(the context of {context} tokens is full: the oldest text is dropped)")
+            self.warned = True
+        return ids, room
 
 
 def main():
-    config = cli.parse(SampleConfig)
+    argv = sys.argv[1:]
+    for i, flag in enumerate(argv):  # flags are --name value; a lone --chat means true
+        if flag == "--chat" and "".join(argv[i + 1 : i + 2]).lower() not in cli.BOOLS:
+            argv[i] = "--chat=true"
+    config = cli.parse(SampleConfig, argv=argv)
+    if config.chat:
+        return Chat(config).run()
     model, own = load(config.checkpoint, config.device)
+    if config.push:
+        address, what = hub.push(model, own, config.checkpoint, config.push, config.public)
+        return print(f"{address}: {what}\nnext: python sample.py {config.push} --chat")
     for text in sample(model, config.prompt, config, own):
         print(config.prompt + text)
         print("-" * 80)

@@ -26,7 +26,7 @@ import checkpoints
 import cli
 import hellaswag
 import parallel
-from fineweb import N_VOCAB, check_ids, get_tokenizer, load_shards
+from fineweb import N_VOCAB, check_ids, get_tokenizer, load_shards, match_vocabulary
 from model import GPT, GPTConfig, autocast, pick_dtype, read_json, read_safetensors
 
 PEAK_FLOPS = {  # dense bf16 tensor-core peak, from the makers' data sheets
@@ -100,6 +100,8 @@ class TrainConfig:
     """how many of the newest checkpoints stay; 0 = all"""
     print_every: int = 10
     """steps between progress lines; log.jsonl has every step"""
+    plot: bool = True
+    """draw run_dir/curve.png at each validation, where matplotlib is installed"""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from run_dir's latest checkpoint if there is one"""
     overfit_single_batch: bool = False
@@ -193,8 +195,8 @@ class Windows:
 
     Window w covers tokens w T to w T + T, the last of them as a target only."""
 
-    def __init__(self, shards, T):
-        self.shards, self.T = shards, T
+    def __init__(self, shards, T, vocab=N_VOCAB):
+        self.shards, self.T, self.vocab = shards, T, vocab
         self.starts = np.cumsum([0] + [len(s) for s in shards])  # of each shard in the stream
         self.tokens = int(self.starts[-1])
         self.count = (self.tokens - 1) // T
@@ -207,8 +209,8 @@ class Windows:
             s = int(np.searchsorted(self.starts, begin, side="right")) - 1
             while filled < len(row):  # a window may run on into the next shards
                 piece = self.shards[s][max(0, begin - self.starts[s]) : end - self.starts[s]]
-                if len(piece) and piece.max() >= N_VOCAB:
-                    check_ids(piece.filename, self.shards[s])  # says where
+                if len(piece) and piece.max() >= self.vocab:
+                    check_ids(piece.filename, self.shards[s], self.vocab)  # says where
                 row[filled : filled + len(piece)] = piece
                 filled, s = filled + len(piece), s + 1
         rows = torch.from_numpy(rows)
@@ -232,17 +234,13 @@ class Windows:
         return self.read(numbers)[0].numpy().tobytes()
 
 
-def open_windows(config, split, T, vocab_size):
-    windows = Windows(load_shards(config.data_dir, split), T)
+def open_windows(config, split, model_config):
+    shards, T = load_shards(config.data_dir, split), model_config.block_size
+    windows = Windows(shards, T, match_vocabulary(config.data_dir, model_config))
     if windows.count < 1:
         raise ValueError(
             f"{config.data_dir} has {windows.tokens:,} {split} tokens, fewer than one window of "
             f"block_size {T} + 1; give it more text or lower --block_size"
-        )
-    if vocab_size < N_VOCAB:
-        raise ValueError(
-            f"vocab_size {vocab_size} is smaller than the shards' vocabulary of {N_VOCAB} ids; "
-            f"leave --vocab_size at 50304"
         )
     return windows
 
@@ -293,8 +291,8 @@ class Trainer:
             raise ValueError(
                 f"attention_kernel flex trains on CUDA only, not {self.device}; use auto"
             )
-        self.train = open_windows(config, "train", c.block_size, c.vocab_size)
-        self.val = open_windows(config, "val", c.block_size, c.vocab_size)
+        self.train = open_windows(config, "train", c)
+        self.val = open_windows(config, "val", c)
         self.batch_windows = self.count_batch_windows()
         epoch = self.train.count / self.batch_windows  # in steps; the last one may wrap around
         self.max_steps = config.max_steps or (round(epoch) if epoch >= 1 else 0)
@@ -503,13 +501,12 @@ class Trainer:
     def hellaswag(self, examples):
         """HellaSwag by the completion protocol -> {"n", "acc", "acc_norm", "se"}."""
         with self.evaluation():
-            return hellaswag.evaluate(
-                self.model, examples, rank=self.ranks.rank, world=self.ranks.world
-            )
+            ranks, vocab = self.ranks, self.train.vocab
+            return hellaswag.evaluate(self.model, examples, 0, ranks.rank, ranks.world, vocab)
 
     def sample(self, tokens=32, rows=2):
         """A few continuations of a fixed prompt -> list of texts."""
-        tokenizer = get_tokenizer()
+        tokenizer = get_tokenizer(self.train.vocab)
         idx = torch.tensor([tokenizer.encode_ordinary(SAMPLE_PROMPT)] * rows, device=self.device)
         new = min(tokens, max(0, self.model_config.block_size - idx.size(1)))
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
@@ -646,10 +643,11 @@ def train(trainer):
         log.write(
             event="resume" if start else "start", step=start,
             config=asdict(trainer.model_config) | asdict(config),
-            parameters=trainer.model.num_params(), **checkpoints.provenance(), seed=config.seed,
+            parameters=trainer.model.num_params(), steps=last, data_sha256=trainer.data_sha256,
+            **checkpoints.provenance(), seed=config.seed,
             device=str(trainer.device), dtype=str(trainer.dtype)[6:], world=ranks.world,
         )  # fmt: skip
-        examples = load_examples(config, ranks)
+        examples = load_examples(config, ranks, trainer.train.vocab)
         kinds = ("val_loss", "hellaswag_acc", "samples")
         known = ranks.sum(*[kind in log.evaluated for kind in kinds])  # to the first rank alone
         known = [kind for kind, there in zip(kinds, known, strict=True) if there]
@@ -674,13 +672,13 @@ def train(trainer):
         log.say(f"      python hellaswag.py {run}")
 
 
-def load_examples(config, ranks):
+def load_examples(config, ranks, vocab):
     if not config.hellaswag_every:
         return []
     load = functools.partial(
         hellaswag.load_items, config.hellaswag_data, config.hellaswag_limit, config.seed
     )
-    return hellaswag.tokenize_items(ranks.first_alone(load), "completion")
+    return hellaswag.tokenize_items(ranks.first_alone(load), "completion", vocab)
 
 
 def evaluate(trainer, examples, log, done, known=()):
@@ -692,7 +690,7 @@ def evaluate(trainer, examples, log, done, known=()):
 
     if wanted(config.eval_every, "val_loss"):
         loss = trainer.validate()
-        log.write(step=done, val_loss=loss)
+        log.write(step=done, val_loss=loss, peak_memory_bytes=peak_memory(trainer.device))
         log.say(f"{done:>6}/{last} validation loss {loss:.4f}")
     if examples and done and wanted(config.hellaswag_every, "hellaswag_acc"):
         score = trainer.hellaswag(examples)
@@ -706,6 +704,8 @@ def evaluate(trainer, examples, log, done, known=()):
         log.write(step=done, samples=samples)
         for text in samples:
             log.say(f"sample > {' '.join(text.split())}")
+    if config.plot and due(config.eval_every, done, last):
+        log.draw()
 
 
 def save(trainer, run, log, done, must):
@@ -769,6 +769,18 @@ class Meter:
         """Leave what came after the last step out of the next one's time."""
         if not self.waiting:
             self.begin = time.perf_counter()
+
+
+def peak_memory(device):
+    """The most bytes this process has held so far: on the card, or in all on other devices."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_flops(device):

@@ -13,8 +13,12 @@ A key of `repos` is OWNER/NAME or NAME for a model, with "datasets/" before it f
     "damage"             the right length, but zeros
     b"..."               these bytes instead
     None                 served well
+
+Uploads work as well, by the older way of Git LFS (HF_HUB_DISABLE_XET=1): they end in `repos`. With
+`token` set, every POST must bear it. hub.private holds the repos that are not public.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -43,9 +47,76 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer()
 
+    def do_POST(self):
+        self.answer()
+
+    def do_PUT(self):
+        self.answer()
+
+    def body(self):
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def upload(self, path, body):
+        """The requests of an upload, in the order in which they come."""
+        hub = self.server.hub
+        if path.startswith("/lfs/"):  # the storage takes no token: the address is secret enough
+            oid = path.removeprefix("/lfs/")
+            if hashlib.sha256(body).hexdigest() != oid:
+                return self.reply(400, b'{"error": "not the bytes that were promised"}')
+            hub.stored[oid] = body
+            return self.reply(200, b"")
+        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self.reply(401, b'{"error": "Invalid credentials in Authorization header"}')
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            if name in hub.repos:
+                return self.reply(409, json.dumps({"url": f"{hub.url}/{name}"}).encode())
+            hub.repos[name] = {".gitattributes": b""}
+            closed = wanted.get("visibility") == "private" or wanted.get("private")
+            hub.private |= {name} if closed else set()
+            return self.reply(200, json.dumps({"url": f"{hub.url}/{name}"}).encode())
+        if path == "/api/validate-yaml":
+            return self.reply(200, b"{}")
+        if path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            for file in files:
+                large = file["path"].endswith(".safetensors")
+                file |= {"uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            return self.reply(200, json.dumps({"files": files}).encode())
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for entry in objects:
+                entry["actions"] = {"upload": {"href": f"{hub.url}/lfs/{entry['oid']}"}}
+            answer = {"transfer": "basic", "objects": objects}
+            return self.reply(200, json.dumps(answer).encode())
+        repo, found, _ = path.removeprefix("/api/models/").partition("/commit/main")
+        if not found or repo not in hub.repos:
+            return self.missing("RepoNotFound")
+        files = dict(hub.repos[repo])
+        for change in map(json.loads, body.splitlines()):
+            value = change["value"]
+            if change["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif change["key"] == "lfsFile":
+                files[value["path"]] = hub.stored[value["oid"]]
+            elif change["key"] == "deletedFile":
+                del files[value["path"]]
+        hub.repos[repo] = files
+        hub.commit = f"{int(hub.commit, 16) + 1:040x}"
+        about = {"commitUrl": f"{hub.url}/{repo}/commit/{hub.commit}", "commitOid": hub.commit}
+        self.reply(200, json.dumps(about).encode())
+
     def answer(self):
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
-        line = f"{self.command} {path}"
+        line, body = f"{self.command} {path}", self.body()
         with hub.lock:
             hub.requests[line] += 1
             ends = (
@@ -58,6 +129,8 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             extra = {"Retry-After": "0"} if fault in (429, 503) else {}
             return self.reply(fault, b'{"error": "scripted"}', extra)
+        if self.command in ("POST", "PUT"):
+            return self.upload(path, body)
         if path.startswith("/api/"):
             return self.api(path)
         repo, found, rest = path.lstrip("/").partition("/resolve/")
@@ -65,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
         files = hub.repos.get(repo)
         if not found or files is None:
             return self.missing("RepoNotFound")
-        if revision not in ("main", COMMIT):
+        if revision not in ("main", hub.commit):
             return self.missing("RevisionNotFound")
         if name not in files:
             return self.missing("EntryNotFound")
@@ -97,8 +170,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, json.dumps(rows).encode())
         about = {
             "id": repo,
-            "sha": COMMIT,
-            "private": False,
+            "sha": self.server.hub.commit,
+            "private": repo in self.server.hub.private,
             "gated": False,
             "disabled": False,
             "downloads": 0,
@@ -112,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, data, fault):
         size, status, extra = len(data), 200, {}
         extra["ETag"] = f'"{hashlib.sha256(data).hexdigest()}"'
-        extra["X-Repo-Commit"] = COMMIT
+        extra["X-Repo-Commit"] = self.server.hub.commit
         extra["X-Linked-Size"] = str(size)
         extra["X-Linked-Etag"] = extra["ETag"]
         extra["Accept-Ranges"] = "bytes"
@@ -131,7 +204,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(status, data, extra, send=len(data) // 2 if fault == "drop" else None)
 
     def missing(self, code):
-        self.reply(404, b'{"error": "not found"}', {"X-Error-Code": code, "X-Repo-Commit": COMMIT})
+        extra = {"X-Error-Code": code, "X-Repo-Commit": self.server.hub.commit}
+        self.reply(404, b'{"error": "not found"}', extra)
 
     def reply(self, status, body, extra=None, send=None):
         self.send_response(status)
@@ -147,8 +221,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Hub:
-    def __init__(self, repos, faults, cards):
-        self.repos, self.cards = repos, cards or {}
+    def __init__(self, repos, faults, cards, token=None):
+        self.repos, self.cards, self.token = repos, cards or {}, token
+        self.private, self.stored, self.commit = set(), {}, COMMIT
         self.faults = {key: list(value) for key, value in (faults or {}).items()}
         self.requests, self.lock = Counter(), threading.Lock()
         self.connections = []  # the client keeps them open between requests
@@ -163,11 +238,11 @@ class Hub:
 
 
 @contextlib.contextmanager
-def serve(repos, faults=None, cards=None):
+def serve(repos, faults=None, cards=None, token=None):
     """Serve repos ({key: {path: bytes}}) on a free local port; yields a Hub: .url, .requests."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.hub = hub = Hub(repos, faults, cards)
+    server.hub = hub = Hub(repos, faults, cards, token)
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

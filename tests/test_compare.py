@@ -1,50 +1,312 @@
-"""compare.py reads logs that are written out here by hand."""
+"""compare.py: its numbers against logs written out here by hand and SciPy's paired test, its sweep
+against runs of train_gpt2.py."""
 
 import json
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import compare
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
+MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16}
+BATCH = 100
 
 
-def write_log(folder, *entries):
+def write_run(folder, losses, seed=1, speeds=(), steps=3, event="start", **changes):
+    """A log as train_gpt2.py writes it: losses {step: validation loss}, speeds of steps 1, 2..."""
     folder.mkdir(parents=True)
-    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    config = MODEL | {"total_batch_tokens": BATCH, "val_tokens": 64, "seed": seed} | changes
+    lines = [
+        {"event": event, "parameters": 1234, "steps": steps, "data_sha256": "d", "config": config},
+        *(
+            {"step": step, "train_loss": 9.0 - step, "tok_per_s": speed}
+            for step, speed in enumerate(speeds, 1)
+        ),
+        *(
+            {"step": step, "val_loss": loss, "peak_memory_bytes": 1000 + step}
+            for step, loss in losses.items()
+        ),
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
-@pytest.fixture
-def run(tmp_path):
-    return write_log(
-        tmp_path / "runs" / "rope",
-        {"event": "start", "parameters": 1234, "config": {"total_batch_tokens": 100}},
-        {"step": 0, "val_loss": 10.8},
-        {"step": 1, "train_loss": 10.5, "tok_per_s": 30.0},
-        {"step": 2, "train_loss": 9.5, "tok_per_s": 10.0},
-        {"step": 3, "train_loss": 9.0, "tok_per_s": 20.0},
-        {"step": 3, "val_loss": 8.25},
-        {"step": 3, "hellaswag_acc": 0.2, "hellaswag_acc_norm": 0.26, "hellaswag_n": 50},
-    )
+def groups_of(tmp_path, **losses):
+    """{name: Runs} of {name: final losses, one a seed}."""
+    for name, finals in losses.items():
+        for seed, loss in enumerate(finals, 1):
+            write_run(tmp_path / name / f"seed_{seed}", {0: 10.0, 3: loss}, seed, [50.0, 25, 100])
+    return {name: compare.read_folders(tmp_path / name) for name in losses}
 
 
-def test_a_row_holds_the_last_scores_and_the_median_speed(run):
-    start, series = compare.read_log(run)
-    assert series["val_loss"] == [(0, 10.8), (3, 8.25)]
-    cells = compare.row(run, start, series).split()
-    assert cells == ["rope", "1,234", "300", "8.2500", "0.2600", "20"]
-
-
-def test_the_command_draws_a_png_and_prints_the_table(run, tmp_path):
-    pytest.importorskip("matplotlib")
+def command(*argv, fails=False):
     done = subprocess.run(
-        [sys.executable, "compare.py", run, run, "--out", tmp_path / "out"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "8.2500" in done.stdout
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+        [sys.executable, ROOT / "compare.py", *map(str, argv)], capture_output=True, text=True
+    )
+    assert bool(done.returncode) == fails, done.stderr
+    return done
+
+
+# ----------------------------------------------------------------------------- numbers
+
+
+def test_the_difference_is_students_paired_test():
+    from scipy.stats import ttest_rel
+
+    first, ours = {1: 5.0, 2: 5.2, 3: 4.9}, {1: 4.9, 2: 5.05, 3: 4.88}
+    found = compare.paired(ours, first)
+    reference = ttest_rel(list(ours.values()), list(first.values()))
+    assert found["p"] == pytest.approx(reference.pvalue)
+    interval = reference.confidence_interval(0.95)
+    assert found["ci95"] == pytest.approx([interval.low, interval.high])
+    # the same by hand: t of 2 degrees of freedom is 4.3027 at 97.5%
+    differences = [-0.1, -0.15, -0.02]
+    mean = sum(differences) / 3
+    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / 2 / 3)
+    assert found["mean"] == pytest.approx(mean)
+    assert found["ci95"][1] == pytest.approx(mean + 4.302653 * spread)
+
+
+def test_seeds_are_paired_by_their_number_and_one_has_no_interval():
+    assert compare.paired({2: 1.0, 7: 3.0}, {1: 9.0, 2: 1.5})["mean"] == pytest.approx(-0.5)
+    assert compare.paired({2: 1.0}, {2: 1.5})["ci95"] == [None, None]
+    assert compare.paired({2: 1.0}, {3: 1.5})["mean"] is None
+
+
+@pytest.mark.parametrize(
+    "low, high, word",
+    [(-0.2, -0.1, "better"), (0.1, 0.2, "worse"), (-0.1, 0.1, "noise"), (None, None, "one seed")],
+)
+def test_a_difference_is_put_into_words(low, high, word):
+    assert word in compare.verdict({"mean": 0.0, "ci95": [low, high], "p": None})
+
+
+def test_a_row_holds_what_the_logs_say(tmp_path):
+    groups = groups_of(tmp_path, gpt2=[5.0, 5.2, 4.9], rope=[4.0, 4.2, 3.8])
+    found = compare.results(groups)
+    row = found["configs"]["rope"]
+    assert found["first"] == "gpt2" and row["parameters"] == 1234
+    assert row["tokens"] == 3 * BATCH and row["tok_per_s"] == 50
+    assert row["wall_s"] == pytest.approx(BATCH / 50 + BATCH / 25 + BATCH / 100)
+    assert row["peak_memory_bytes"] == 1003
+    assert row["val_loss"]["seeds"] == [4.0, 4.2, 3.8]
+    assert row["val_loss"]["mean"] == pytest.approx(4.0)
+    assert row["val_loss"]["sd"] == pytest.approx(0.2)
+    assert row["diff"]["mean"] == pytest.approx((-1.0 - 1.0 - 1.1) / 3)
+    assert row["kv_bytes_per_token"] == 2 * 8 * 2  # keys and values, 8 wide, bf16, one layer
+    gpt = GPT(GPTConfig(**MODEL))
+    assert row["flops_per_token"] == gpt.flops_per_token()
+    # the mean curve falls from 10 to 4.0 in 3 steps and passes 15.1 / 3 on the way
+    part = (10 - 15.1 / 3) / (10 - 4.0)
+    assert row["reaches_first"]["tokens"] == pytest.approx(part * 3 * BATCH, abs=1)
+    assert row["reaches_first"]["s"] == pytest.approx(
+        2 + 4 * (part * 3 - 1) if part * 3 < 2 else 6 + (part * 3 - 2)
+    )
+    assert "reaches_first" in found["configs"]["gpt2"]
+
+
+def test_a_worse_config_never_reaches_the_first(tmp_path):
+    groups = groups_of(tmp_path, gpt2=[5.0], rope=[5.5])
+    assert compare.results(groups)["configs"]["rope"]["reaches_first"] is None
+
+
+def test_runs_of_other_lengths_get_no_difference(tmp_path):
+    write_run(tmp_path / "a", {3: 5.0}, speeds=[1.0] * 3)
+    write_run(tmp_path / "b", {2: 4.0}, speeds=[1.0] * 2, steps=2)
+    groups = {name: compare.read_folders(tmp_path / name) for name in "ab"}
+    found = compare.results(groups)
+    assert found["configs"]["b"]["diff"]["mean"] is None
+    assert "another experiment" in compare.table(found, "none", [])
+
+
+def test_the_table_names_noise_and_what_differs(tmp_path):
+    write_run(tmp_path / "gpt2", {3: 5.0}, speeds=[1.0] * 3)
+    write_run(tmp_path / "rope", {3: 4.0}, speeds=[1.0] * 3, pos="rope", lr=1.0)
+    groups = {name: compare.read_folders(tmp_path / name) for name in ("gpt2", "rope")}
+    text = compare.table(compare.results(groups), "none", ["runs/x"])
+    rope = next(line for line in text.splitlines() if line.startswith("| rope"))
+    assert "-1.0000" in rope and "one seed: noise unknown" in rope
+    assert "- rope: lr 1.0, pos rope" in text
+    assert "Parameters are not matched" in text and "left out: runs/x" in text
+
+
+# ----------------------------------------------------------------------------- logs
+
+
+def test_a_log_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path):
+    run = write_run(tmp_path / "a", {0: 10.0})
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "val_l')
+    found = compare.read_run(run)
+    assert found.curve("val_loss") == ([0], [10.0]) and not found.finished
+    (run / "log.jsonl").write_text("")
+    assert compare.read_run(run) is None
+
+
+def test_a_skipped_step_has_no_loss(tmp_path):
+    run = write_run(tmp_path / "a", {3: 5.0})
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "train_loss": null, "tok_per_s": 3.0}\n')
+    assert compare.read_run(run).curve("train_loss") == ([], [])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"block_size": 32}, ["block_size 16", "b has 32", "--block_size"]),
+        ({"val_tokens": 128}, ["val_tokens"]),
+        ({"hellaswag_limit": 9}, []),  # the other log does not know of it: nothing to compare
+    ],
+)
+def test_an_unfair_comparison_is_not_printed(tmp_path, changes, words):
+    write_run(tmp_path / "a", {3: 5.0})
+    write_run(tmp_path / "b", {3: 5.0}, **changes)
+    done = command(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "o", fails=bool(words))
+    for word in ["no fair comparison"] * bool(words) + words:
+        assert word in done.stderr
+    assert (tmp_path / "o").exists() != bool(words)
+
+
+def test_other_data_is_no_fair_comparison(tmp_path):
+    write_run(tmp_path / "a", {3: 5.0})
+    log = write_run(tmp_path / "b", {3: 5.0}) / "log.jsonl"
+    log.write_text(log.read_text().replace('"data_sha256": "d"', '"data_sha256": "e"'))
+    with pytest.raises(ValueError, match=r"no fair comparison.*same data_dir"):
+        compare.check_runs({name: compare.read_folders(tmp_path / name) for name in "ab"})
+
+
+def test_one_config_has_a_seed_once(tmp_path):
+    write_run(tmp_path / "a" / "seed_1", {3: 5.0}, seed=1)
+    write_run(tmp_path / "a" / "seed_2", {3: 5.0}, seed=1)
+    with pytest.raises(ValueError, match="two runs with the same seed"):
+        compare.check_runs({"a": compare.read_folders(tmp_path / "a")})
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+def test_finished_runs_are_compared_from_their_logs_alone(tmp_path):
+    groups_of(tmp_path, gpt2=[5.0, 5.2], rope=[4.0, 4.2])
+    out = tmp_path / "out"
+    folders = (tmp_path / "gpt2", tmp_path / "rope")
+    done = command(*folders, "--out", out)
+    assert "4.1000" in done.stdout and "better" not in done.stdout.splitlines()[1]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (out / "curves.svg").read_bytes()[:500]
+    found = json.loads((out / "results.json").read_text())
+    wanted = {  # the interface that others script against
+        "parameters", "flops_per_token", "kv_bytes_per_token", "tok_per_s", "peak_memory_bytes",
+        "wall_s", "val_loss", "diff", "hellaswag",
+    }  # fmt: skip
+    assert wanted <= found["configs"]["rope"].keys() and found["first"] == "gpt2"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    command(*folders, "--out", out)  # the same again, byte for byte
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A sweep of two configs and two seeds that was killed once -> its folder and command."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "data").mkdir()
+    rng = np.random.default_rng(0)
+    np.save(folder / "data" / "train_1.npy", rng.integers(0, 50257, 3000).astype(np.uint16))
+    np.save(folder / "data" / "val_0.npy", rng.integers(0, 50257, 400).astype(np.uint16))
+    (folder / "base.toml").write_text("".join(f"{k} = {v}\n" for k, v in MODEL.items()))
+    (folder / "gpt2.toml").write_text("")
+    (folder / "rope_gqa.toml").write_text('pos = "rope"\nn_kv_head = 1\nlr = 2e-3\n')
+    argv = [
+        folder / "gpt2.toml", folder / "rope_gqa.toml", "--base", folder / "base.toml",
+        "--seeds", 2, "--out", folder / "out", "--match", "params", "--jobs", 2,
+        "--data_dir", folder / "data",
+        "--device", "cpu", "--total_batch_tokens", 64, "--max_steps", 6, "--warmup_steps", 2,
+        "--eval_every", 2, "--val_tokens", 64, "--sample_every", 0, "--checkpoint_every", 2,
+        "--plot", "false",
+    ]  # fmt: skip
+    process = subprocess.Popen([sys.executable, ROOT / "compare.py", *map(str, argv)])
+    log = folder / "out" / "runs" / "gpt2" / "seed_1337" / "log.jsonl"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()  # its runs go on by themselves, and the next one waits for them
+    process.wait()
+    return folder, argv, command(*argv)
+
+
+def runs_of(folder):
+    return {path.parent.parent.name + "/" + path.parent.name: path
+            for path in sorted(folder.glob("out/runs/*/*/log.jsonl"))}  # fmt: skip
+
+
+def test_a_sweep_trains_every_config_with_every_seed(sweep):
+    folder, _, done = sweep
+    logs = runs_of(folder)
+    assert list(logs) == [
+        "gpt2/seed_1337", "gpt2/seed_1338", "rope_gqa/seed_1337", "rope_gqa/seed_1338"
+    ]  # fmt: skip
+    found = json.loads((folder / "out" / "results.json").read_text())["configs"]
+    for name in ("gpt2", "rope_gqa"):
+        runs = [compare.read_run(logs[f"{name}/seed_{seed}"].parent) for seed in (1337, 1338)]
+        losses = [run.values["val_loss"][6] for run in runs]
+        assert found[name]["val_loss"]["seeds"] == losses and losses[0] != losses[1]
+        for run in runs:  # every step once, in spite of the kill
+            entries = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
+            steps = [entry["step"] for entry in entries if "train_loss" in entry]
+            assert steps == [1, 2, 3, 4, 5, 6]
+    counts = [found[name]["parameters"] for name in ("gpt2", "rope_gqa")]
+    assert counts[0] != counts[1] and abs(counts[1] / counts[0] - 1) < 0.01
+    assert "Parameters are matched" in (folder / "out" / "results.md").read_text()
+    assert "runs, " in done.stderr  # progress
+
+
+def test_its_runs_see_the_same_tokens_and_start_alike(sweep):
+    """A config that only names another kernel computes what the first one does, step by step."""
+    folder, argv, _ = sweep
+    (folder / "math.toml").write_text('attention_kernel = "math"\n')
+    argv = [folder / "gpt2.toml", folder / "math.toml", *argv[2:]]
+    command(*argv, "--seeds", 1, "--out", folder / "out", "--match", "none")
+    runs = [compare.read_run(folder / "out/runs" / name / "seed_1337") for name in ("gpt2", "math")]
+    assert len({run.start["data_sha256"] for run in runs}) == 1
+    ours, other = (run.curve("train_loss") for run in runs)
+    assert ours[0] == other[0] and ours[1] == pytest.approx(other[1], abs=1e-5)
+
+
+def test_finished_runs_are_not_done_again(sweep):
+    folder, argv, _ = sweep
+    before = {name: path.stat().st_mtime_ns for name, path in runs_of(folder).items()}
+    report = (folder / "out" / "results.json").read_bytes()
+    command(*argv)
+    command(*argv, "--report_only", "true")
+    assert {name: path.stat().st_mtime_ns for name, path in runs_of(folder).items()} == before
+    assert (folder / "out" / "results.json").read_bytes() == report
+
+
+def test_other_flags_need_another_folder(sweep):
+    _, argv, _ = sweep
+    done = command(*argv, "--grad_clip", "0.5", fails=True)
+    assert "was made with grad_clip 1.0, not 0.5" in done.stderr and "another --out" in done.stderr
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, tmp_path):
+    _, argv, _ = sweep
+    argv = list(map(str, argv))
+    argv[argv.index("--out") + 1] = str(tmp_path / "out")
+    argv[argv.index("--seeds") + 1] = "1"
+    (tmp_path / "wide.toml").write_text("micro_batch = 3\n")  # does not divide the batch
+    done = command(tmp_path / "wide.toml", *argv, fails=True)
+    assert "wide/seed_1337" in done.stderr and "micro_batch 3" in done.stderr
+    assert compare.read_run(tmp_path / "out/runs/rope_gqa/seed_1337").finished
+
+
+def test_configs_that_see_other_tokens_are_refused_before_anything_runs(sweep, tmp_path):
+    _, argv, _ = sweep
+    (tmp_path / "long.toml").write_text("block_size = 32\n")
+    done = command(*argv, tmp_path / "long.toml", "--out", tmp_path / "out", fails=True)
+    assert "no fair comparison" in done.stderr and "--block_size" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import point_client_at, serve
 from safetensors.torch import save_file
 
+import cli
 import sample as s
 from fineweb import get_tokenizer
 from model import GPT, GPTConfig
@@ -211,7 +213,7 @@ def test_a_stream_leaves_autocast_to_itself():
 def checkpoint(tmp_path_factory):
     """A run folder whose latest step holds the model of letters."""
     run = tmp_path_factory.mktemp("run")
-    model = letters()
+    model = letters(vocab_used=50257)
     for step, weights in ((1, random_model(tie_embeddings=False)), (2, model)):
         folder = run / f"step_{step:06d}"
         folder.mkdir()
@@ -230,3 +232,148 @@ def test_the_script_prints_the_samples_of_a_run_folder(checkpoint):
     assert texts.pop() == "" and len(texts) == 3
     for text in texts:
         assert text.startswith("hi") and len(text) == 11 and set(text[2:]) <= set("abc")
+
+
+# ----------------------------------------------------------------------------- the hub
+
+TOKEN = "hf_SECRETsecretSECRET"
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    """huggingface_hub with a cache and a token of its own."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.001)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+def write_step(folder, model, **more):
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model": asdict(model.config), "train": {"data_dir": "/home/me/private"}} | more
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {k: w for k, w in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors")
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
+    cli.run(s.main)
+
+
+@pytest.mark.parametrize("fields, layout", [
+    (dict(), "gpt2"),
+    (dict(pos="rope", norm="rmsnorm", mlp="swiglu", bias=False, n_kv_head=1), "llama"),
+    (dict(pos="fire", attention_kernel="math"), "nanoswitch"),
+    (dict(attention="linformer", pos="none", block_size=64, qk_norm=True), "nanoswitch"),
+])  # fmt: skip
+def test_a_pushed_model_loads_back_by_name(fields, layout, client, tmp_path, monkeypatch, capfd):
+    model, run = random_model(**fields), tmp_path / "run"
+    write_step(run / "step_000030", model, step=30, tokens=4000)
+    (run / "latest").write_text("step_000030\n")
+    log = [
+        {"step": 20, "val_loss": 3.5},
+        {"step": 30, "train_loss": 1},
+        {"step": 40, "val_loss": 2},
+    ]
+    (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    # each kind of request meets a fault that passes
+    faults = {"POST create": [503], "POST commit/main": [500]}
+    with serve({}, faults, token=TOKEN) as hub:
+        point_client_at(hub.url, monkeypatch)
+        call(monkeypatch, run, "--push", "me/m")
+        files = hub.repos["me/m"]
+        assert hub.private == {"me/m"} and ("tokenizer.json" in files) == (layout != "nanoswitch")
+        loaded = GPT.from_checkpoint("me/m")
+        assert call(monkeypatch, "me/m", "--max_new_tokens", "3", "--device", "cpu") is None
+    idx = torch.arange(20)[None]
+    assert torch.equal(loaded(idx)[0], model(idx)[0])
+    card = files["README.md"].decode()
+    assert "30 steps, 4,000 tokens; validation loss 3.5000 nats at step 20" in card
+    assert f"| pos | '{model.config.pos}' |" in card and f"Layout: {layout}." in card
+    assert f"{model.num_params():,} parameters" in card
+    assert not any(b"/home/me" in data or str(run).encode() in data for data in files.values())
+    out, err = capfd.readouterr()
+    assert f"{hub.url}/me/m: private, {layout} layout" in out
+    assert "SECRET" not in out + err and ("no Hugging Face layout" in err) == (
+        layout == "nanoswitch"
+    )
+
+
+def test_a_second_push_replaces_the_first(client, tmp_path, monkeypatch, capfd):
+    write_step(tmp_path / "one", random_model())
+    second = random_model(pos="fire")
+    write_step(tmp_path / "two", second)
+    with serve({}, token=TOKEN) as hub:
+        point_client_at(hub.url, monkeypatch)
+        call(monkeypatch, tmp_path / "one", "--push", "me/m", "--public", "true")
+        assert not hub.private and "public, gpt2 layout" in capfd.readouterr().out
+        GPT.from_checkpoint("me/m")
+        hub.repos["me/m"]["notes.txt"] = b"mine"
+        with pytest.raises(SystemExit):  # what is public is not added to by accident
+            call(monkeypatch, tmp_path / "two", "--push", "me/m")
+        error = capfd.readouterr().err.splitlines()[-1]
+        assert "me/m is there and public: --public true" in error
+        assert "tokenizer.json" in hub.repos["me/m"]
+        call(monkeypatch, tmp_path / "two", "--push", "me/m", "--public", "true")
+        kept = {".gitattributes", "README.md", "config.json", "model.safetensors", "notes.txt"}
+        assert hub.repos["me/m"].keys() == kept
+        loaded = GPT.from_checkpoint("me/m")
+    idx = torch.arange(20)[None]
+    assert torch.equal(loaded(idx)[0], second(idx)[0])
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(pos="fire")])
+def test_a_vocabulary_of_its_own_is_pushed_along(fields, client, tmp_path, monkeypatch, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0")
+    made = tokenizers.Tokenizer(words)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model = random_model(vocab_size=97, vocab_used=97, **fields)
+    write_step(tmp_path / "m", model, eos_token_id=8)
+    made.save(str(tmp_path / "m" / "tokenizer.json"))
+    flags = ["--prompt", "w5 w6", "--max_new_tokens", "9", "--seed", "3"]
+    call(monkeypatch, tmp_path / "m", *flags)
+    expected = capsys.readouterr().out
+    with serve({}, token=TOKEN) as hub:
+        point_client_at(hub.url, monkeypatch)
+        call(monkeypatch, tmp_path / "m", "--push", "me/m")
+        capsys.readouterr()
+        call(monkeypatch, "me/m", *flags)
+    assert capsys.readouterr().out == expected
+    assert json.loads(hub.repos["me/m"]["config.json"])["eos_token_id"] == 8
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(pos="fire")])
+def test_a_cut_vocabulary_is_pushed_along(fields, client, tmp_path, monkeypatch, capsys):
+    """The beginning of GPT-2's vocabulary: a hub name says nothing of it but by tokenizer.json."""
+    write_step(tmp_path / "m", random_model(vocab_size=384, vocab_used=300, **fields))
+    flags = ["--prompt", "the naïve", "--max_new_tokens", "12", "--seed", "3"]
+    call(monkeypatch, tmp_path / "m", *flags)
+    expected = capsys.readouterr().out
+    with serve({}, token=TOKEN) as hub:
+        point_client_at(hub.url, monkeypatch)
+        call(monkeypatch, tmp_path / "m", "--push", "me/m")
+        capsys.readouterr()
+        call(monkeypatch, "me/m", *flags)
+    assert capsys.readouterr().out == expected
+    assert json.loads(hub.repos["me/m"]["config.json"])["eos_token_id"] == 299
+
+
+@pytest.mark.parametrize("token", ["", "hf_WRONGwrong"])
+def test_a_push_without_the_right_token_says_how_to_log_in(
+    token, client, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    write_step(tmp_path / "m", random_model())
+    with serve({}, token=TOKEN) as hub:
+        point_client_at(hub.url, monkeypatch)
+        with pytest.raises(SystemExit):
+            call(monkeypatch, tmp_path / "m", "--push", "me/m")
+        assert not hub.repos
+    out, err = capfd.readouterr()
+    assert err.count("\n") == 1 and "me/m" in err and "hf auth login" in err and out == ""
+    assert "WRONG" not in err and "SECRET" not in err

@@ -32,6 +32,7 @@ MODEL = dict(block_size=16, n_layer=2, n_head=2, n_embd=16)
 TRAIN = dict(
     device="cpu", dtype="float32", compile="false", total_batch_tokens=128, max_steps=6, lr=3e-3,
     warmup_steps=3, grad_clip=0.7, eval_every=2, val_tokens=100, sample_every=3, checkpoint_every=2,
+    plot=False,
 )  # fmt: skip
 FLAGS = MODEL | TRAIN
 
@@ -121,7 +122,8 @@ def column(run, key):
 def results(run):
     """What must not depend on kills and layout: all but event lines, without the clock's."""
     lines = [line for line in log(run) if "event" not in line]
-    return [{k: v for k, v in line.items() if k != "tok_per_s"} for line in lines]
+    clock = ("tok_per_s", "peak_memory_bytes")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
 def weights(run):
@@ -482,6 +484,16 @@ def test_pruning_never_removes_what_latest_names(plain, data, tmp_path, monkeypa
     GPT.from_checkpoint(run)
 
 
+def test_a_run_draws_its_curve_and_goes_on_without_matplotlib(data, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    train(data, tmp_path / "drawn", max_steps=2, plot=True)
+    assert (tmp_path / "drawn" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    train(data, tmp_path / "plain", max_steps=2, plot=True)
+    assert results(tmp_path / "plain") == results(tmp_path / "drawn")
+    assert not (tmp_path / "plain" / "curve.png").exists()
+
+
 def test_a_finished_run_stays_as_it_is_and_can_be_prolonged(plain, data, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(plain, run)
@@ -586,7 +598,7 @@ def test_the_log_says_what_design_names(plain):
     assert first["versions"]["torch"] == torch.__version__ and "git" in first
     wanted = [
         {"step", "train_loss", "lr", "grad_norm", "tokens", "tok_per_s", "mfu"},
-        {"step", "val_loss"},
+        {"step", "val_loss", "peak_memory_bytes"},
         {"step", "samples"},
     ]
     assert all(set(line) in wanted for line in others)

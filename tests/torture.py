@@ -1,9 +1,9 @@
-"""python tests/torture.py --kills 100 [--work train|fineweb|compare] [--seed S]
+"""python tests/torture.py --kills 100 [--work train|fineweb|report|sweep] [--seed S]
 
 Kills processes with SIGKILL at random moments, starts them again with the same command until they
 are done, and compares what they leave with what undisturbed ones leave, byte for byte: the weights
-and the log of train_gpt2.py, the shards of fineweb.py, the picture of compare.py (all that it
-writes). Prints where the kills struck. Exit status 1 on any difference.
+and the log of train_gpt2.py, the shards of fineweb.py, the table, the pictures and the runs of
+compare.py. Prints where the kills struck. Exit status 1 on any difference.
 """
 
 import contextlib
@@ -37,8 +37,9 @@ KINDS = ("step", "evaluation", "checkpoint")
 class TortureConfig:
     kills: int = 100
     """kills in all"""
-    work: Literal["all", "train", "fineweb", "compare"] = "all"
-    """whom to kill; all: six in ten go to train, two each to the others"""
+    work: Literal["all", "train", "fineweb", "report", "sweep"] = "all"
+    """whom to kill; all: of ten kills six go to train, two to fineweb, one each to compare.py's
+    report of finished runs and to its sweep"""
     seed: int = 0
     """of the moments"""
 
@@ -115,6 +116,7 @@ class Train:
             data_dir=data, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.1, device="cpu",
             dtype="float32", compile="false", total_batch_tokens=128, max_steps=STEPS,
             warmup_steps=3, eval_every=2, val_tokens=96, sample_every=6, checkpoint_every=3,
+            plot="false",
         )  # fmt: skip
 
     def command(self, out):
@@ -159,8 +161,7 @@ class Train:
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         steps = [line["step"] for line in lines if "train_loss" in line]
         assert steps == list(range(1, STEPS + 1)), f"steps {steps}"
-        kept = [{k: v for k, v in line.items() if k != "tok_per_s"}
-                for line in lines if "event" not in line]  # fmt: skip
+        kept = [strip(line) for line in lines if "event" not in line]
         latest = out / (out / "latest").read_text().strip()
         left = sorted(p.name for p in out.iterdir())
         return (latest / "model.safetensors").read_bytes(), kept, left
@@ -198,8 +199,8 @@ class Fineweb:
         return {p.name: p.read_bytes() for p in sorted(out.iterdir()) if p.is_file()}
 
 
-class Compare:
-    """compare.py, which so far tabulates and draws finished runs: a picture, whole or not there."""
+class Report:
+    """compare.py on finished runs: table and pictures, whole or not there."""
 
     script = "compare"
 
@@ -230,7 +231,52 @@ class Compare:
         return {p.name: p.read_bytes() for p in sorted(out.iterdir())}
 
 
-WORKS = {"train": (Train, 0.6), "fineweb": (Fineweb, 0.2), "compare": (Compare, 0.2)}
+class Sweep:
+    """compare.py that trains: two configs, one after the other. A kill strikes compare.py alone:
+    the run that it started goes on, and the next compare.py must wait for it."""
+
+    script = "compare"
+
+    def __init__(self, folder):
+        train = Train(folder)
+        self.flags = [f"--{name}={value}" for name, value in train.flags.items()]
+        self.configs = [folder / "gpt2.toml", folder / "rope.toml"]
+        for path in self.configs:
+            path.write_text(f'pos = "{"rope" if path.stem == "rope" else "learned"}"\n')
+
+    def command(self, out):
+        return [*self.configs, "--out", out, *self.flags]
+
+    def moment(self, out, rng):
+        return after(rng.uniform(0, 12))
+
+    def where(self, out):
+        if (out / "curves.png.tmp").exists() or (out / "results.json").exists():
+            return "report"
+        return f"run {max(1, len(list(out.glob('runs/*/*'))))}"
+
+    def result(self, out):
+        """Every run's weights and log, and the table, without what the clock says in them."""
+        logs, weights = [], []
+        for run in sorted(out.glob("runs/*/*")):
+            lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+            logs.append([strip(line) for line in lines if "event" not in line])
+            latest = run / (run / "latest").read_text().strip()
+            weights.append((latest / "model.safetensors").read_bytes())
+        return weights, logs, strip(json.loads((out / "results.json").read_text()))
+
+
+def strip(value):
+    """A JSON value without times and memory."""
+    clock = {"tok_per_s", "peak_memory_bytes", "wall_s", "s"}
+    if isinstance(value, dict):
+        return {key: strip(inner) for key, inner in value.items() if key not in clock}
+    return value
+
+
+WORKS = {
+    "train": (Train, 0.6), "fineweb": (Fineweb, 0.2), "report": (Report, 0.1), "sweep": (Sweep, 0.1)
+}  # fmt: skip
 
 
 def torture(name, kills, rng, folder):

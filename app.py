@@ -19,7 +19,7 @@ import torch
 
 import cli
 import sample
-from compare import read_log
+from compare import read_run
 from model import latest_step
 
 try:
@@ -31,7 +31,6 @@ except ModuleNotFoundError:  # main() says it: importing this file needs no stre
 TOP = 5  # likeliest tokens shown at each step
 PICTURED = 32  # first tokens of the prompt whose attention is drawn: more would be unreadable
 SCORES = {"val_loss": "validation loss", "hellaswag_acc_norm": "HellaSwag"}
-BLUE = [8, 48, 107]
 EXPECTED = (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError)
 
 
@@ -155,9 +154,9 @@ def spell(tokenizer, token):
 
 def describe(model):
     """A model's switches and size on one line."""
-    c, size = model.config, f"{model.num_params() / 1e6:,.1f}M parameters"
+    c, size = model.config, f"{model.num_params() / 1e6:,.1f}M params"
     attends = f"window {c.window}" if c.window else f"{c.attention} attention"
-    heads = f"{c.n_head} heads, {c.n_kv_head} of keys"
+    heads = f"{c.n_head}/{c.n_kv_head} heads"  # of queries, of keys
     return f"{c.pos} · {c.norm} · {c.mlp} · {attends} · {heads} · {size}"
 
 
@@ -172,22 +171,22 @@ def show_text(reply, box):
         return box.error(reply.error)
     about, prompt, text = map(html.escape, (reply.about, reply.prompt, reply.text))
     box.html(
-        f"<small style='opacity: .7'>{about}</small><div style='white-space: pre-wrap; "
-        f"overflow-wrap: anywhere'><span style='opacity: .5'>{prompt}</span>{text}</div>"
+        f"<small style='opacity: .7'>{about}</small><div style='margin-top: .5rem; white-space: "
+        f"pre-wrap; overflow-wrap: anywhere'><span style='opacity: .5'>{prompt}</span>{text}</div>"
     )
 
 
 def show_curves(logs):
-    """Validation loss and HellaSwag of {run: its log} against tokens."""
+    """Validation loss and HellaSwag of {name: compare.Run} against tokens."""
     for key, title in SCORES.items():
         points = [
-            {"run": name, "tokens": step * start["config"]["total_batch_tokens"], title: value}
-            for name, (start, series) in logs.items() for step, value in series.get(key, [])
+            {"run": name, "tokens": step * run.config["total_batch_tokens"], title: value}
+            for name, run in logs.items() for step, value in zip(*run.curve(key), strict=True)
         ]  # fmt: skip
-        if points:
+        if len({point["tokens"] for point in points}) > 1:
             line = alt.Chart(alt.Data(values=points), height=300).mark_line(point=True)
-            run, y = alt.Color("run:N", title=None), alt.Y(f"{title}:Q").scale(zero=False)
-            st.altair_chart(line.encode(alt.X("tokens:Q"), y, run.legend(orient="top")))
+            color, y = alt.Color("run:N", title=None), alt.Y(f"{title}:Q").scale(zero=False)
+            st.altair_chart(line.encode(alt.X("tokens:Q"), y, color.legend(orient="top")))
 
 
 def show_steps(name, reply):
@@ -208,7 +207,7 @@ def show_attention(name, reply):
         for i, q in enumerate(names) for j, k in enumerate(names[: i + 1])
     ]  # fmt: skip
     axes = {"sort": names, "title": None, "axis": alt.Axis(labelExpr="split(datum.label, ' ')[1]")}
-    color = alt.Scale(domain=[0, 1], range=["white", "rgb({}, {}, {})".format(*BLUE)])
+    color = alt.Scale(domain=[0, 1], range=["white", "rgb(8, 48, 107)"], interpolate="rgb")
     chart = alt.Chart(alt.Data(values=cells), height=360).mark_rect(stroke="whitesmoke").encode(
         alt.X("key:N", **axes), alt.Y("query:N", **axes),
         alt.Color("weight:Q", scale=color, legend=None), tooltip=["query:N", "key:N", "weight:Q"],
@@ -216,15 +215,15 @@ def show_attention(name, reply):
     st.altair_chart(chart)
     times = math.ceil(84 / len(names))  # pixels a token
     w = weights.clamp(0, 1).repeat_interleave(times, 1).repeat_interleave(times, 2)
-    pictures = 255 - w[..., None] * (255 - torch.tensor(BLUE))  # (nh, T', T', 3)
+    pictures = 255 - w[..., None] * (255 - torch.tensor([8, 48, 107]))  # (nh, T', T', 3)
     st.image(list(pictures.byte().numpy()), [f"head {i}" for i in range(len(w))], width=84)
 
 
 # ----------------------------------------------------------------------------- the page
 def choose(folder):
     """The checkpoints that the reader picks or types: {name on the page: path or hub name}."""
-    found = [p for pattern in ("*/latest", "*/*/latest") for p in Path(folder).glob(pattern)]
-    found += Path(folder).glob("*/model.safetensors")  # Hugging Face folders
+    # runs, those of comparisons too, and Hugging Face folders
+    found = [*Path(folder).rglob("latest"), *Path(folder).glob("*/model.safetensors")]
     found = [p.parent for p in sorted(found, key=lambda p: -p.stat().st_mtime)]
     found = {str(p.relative_to(folder)): str(p) for p in found}
     if not found:
@@ -254,15 +253,14 @@ def page(config, slot):
     prompt = st.text_area("Prompt", sample.SampleConfig("").prompt, max_chars=20_000, height=80)
     if pressed := st.button("Write", type="primary"):
         st.session_state.replies = {name: Reply(prompt) for name in chosen}
-    logs = {n: read_log(path) for n, path in chosen.items() if (Path(path) / "log.jsonl").is_file()}
+    logs = {name: run for name, path in chosen.items() if (run := read_run(path))}
     replies = {n: r for n, r in st.session_state.get("replies", {}).items() if n in chosen}
 
     for column, name in zip(st.columns(len(chosen) or 1, border=True), chosen, strict=False):
         with column:
-            st.subheader(Path(name).name)
-            last = logs[name][1] if name in logs else {}
-            scores = [f"{what} {last[k][-1][1]:.3f}" for k, what in SCORES.items() if k in last]
-            st.caption(" · ".join(scores))
+            st.subheader(name)
+            last = {what: logs[name].last(key) for key, what in SCORES.items() if name in logs}
+            st.caption(" · ".join(f"{what} {x:.3f}" for what, x in last.items() if x is not None))
             box = st.empty()
             if pressed:
                 with slot.lock:
@@ -277,7 +275,7 @@ def page(config, slot):
     for tab, show in zip(inside, (show_steps, show_attention), strict=True):
         for column, (name, reply) in zip(tab.columns(len(whole) or 1), whole, strict=False):
             with column:
-                st.markdown(f"**{Path(name).name}**")
+                st.markdown(f"**{name}**")
                 show(name, reply)
 
 

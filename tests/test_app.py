@@ -61,7 +61,7 @@ def save_run(folder, model, log=True):
     (folder / "latest").write_text(step.name)
     start = {"event": "start", "parameters": 1, "config": {"total_batch_tokens": 1000}}
     entries = [start, {"step": 0, "val_loss": 10.8}, {"step": 4, "val_loss": 8.125}]
-    entries += [{"step": 4, "hellaswag_acc_norm": 0.2625}]
+    entries += [{"step": 2, "hellaswag_acc_norm": 0.25}, {"step": 4, "hellaswag_acc_norm": 0.2625}]
     if log:
         (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     return folder
@@ -255,7 +255,19 @@ def test_the_page_lists_runs_and_shows_their_scores(page):
         {"run": "gpt2", "tokens": 4000, "validation loss": 8.125},
     ]
     score = pyarrow.ipc.open_stream(score).read_all().to_pylist()
-    assert score == [{"run": "gpt2", "tokens": 4000, "HellaSwag": 0.2625}]
+    assert score == [
+        {"run": "gpt2", "tokens": 2000, "HellaSwag": 0.25},
+        {"run": "gpt2", "tokens": 4000, "HellaSwag": 0.2625},
+    ]
+
+
+@needs_streamlit
+def test_runs_of_a_comparison_and_hugging_face_folders_are_found(runs, tmp_path, monkeypatch):
+    (tmp_path / "exported").mkdir()
+    shutil.copy(runs / "gpt2" / "step_000004" / "model.safetensors", tmp_path / "exported")
+    shutil.copytree(runs / "llama", tmp_path / "comparison" / "runs" / "rope" / "seed_1337")
+    page = open_page(monkeypatch, tmp_path)
+    assert sorted(page.multiselect[0].options) == ["comparison/runs/rope/seed_1337", "exported"]
 
 
 @needs_streamlit
@@ -426,13 +438,13 @@ class Visitor:
 
     def pick(self, name):
         box = self.all("[data-testid=stMultiSelect] input")[0]
-        box.send_keys(name + "\n")
+        box.send_keys(name + "\n\ue004")  # tab: the list closes
         until(lambda: name in [e.text for e in self.all("h3")])
         self.wait()
 
     def type(self, name):
         self.all("[data-testid=stTextInput] input")[0].send_keys(name + "\n")
-        until(lambda: name.split("/")[-1] in [e.text for e in self.all("h3")])
+        until(lambda: name in [e.text for e in self.all("h3")])
         self.wait()
 
     def write(self):
@@ -454,7 +466,7 @@ new MutationObserver(() => {
 
 
 @in_browser
-def test_text_streams_and_another_model_is_chosen(chromium, url):
+def test_text_streams_another_model_is_chosen_and_both_side_by_side(chromium, url):
     page = Visitor(chromium, url)
     assert [e.text for e in page.all("h3")] == ["gpt2"]
     chromium.execute_script(WATCH)
@@ -469,11 +481,7 @@ def test_text_streams_and_another_model_is_chosen(chromium, url):
     (other,) = page.write()
     assert "rope · rmsnorm · swiglu" in other
 
-
-@in_browser
-def test_side_by_side_and_a_look_inside(chromium, url):
-    page = Visitor(chromium, url)
-    page.pick("llama")
+    page.pick("gpt2")
     assert len(page.write()) == 2
     left, right = (e.rect for e in page.all("h3"))
     assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]

@@ -284,12 +284,13 @@ def main():
         raise ModuleNotFoundError("the page needs streamlit: pip install streamlit==1.67.0")
     if not st.runtime.exists():
         raise ValueError("the page is served, not run: streamlit run app.py")
-    config = cli.parse(AppConfig)
     st.set_page_config("nanoswitch", layout="wide")
     # Streamlit runs this file anew at each click, and keeps the slot for the whole server
     slot = st.cache_resource(lambda: Slot(), show_spinner=False)()
     try:
-        page(config, slot)
+        page(cli.parse(AppConfig), slot)
+    except SystemExit:
+        st.error("a flag is wrong, the terminal says which: streamlit run app.py -- --runs DIR")
     except EXPECTED as error:
         st.error(one_line(error))
 

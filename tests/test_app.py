@@ -317,8 +317,17 @@ def test_no_runs_is_said_and_one_can_still_be_named(tmp_path, runs, monkeypatch)
     assert len(texts(page)) == 1
 
 
+@needs_streamlit
+def test_a_wrong_flag_is_said_on_the_page_and_named_on_the_terminal(monkeypatch, capsys):
+    from streamlit.testing.v1 import AppTest
+
+    monkeypatch.setattr(sys, "argv", ["app.py", "--rusn", "x"])
+    page = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+    assert [e.value[:15] for e in page.error] == ["a flag is wrong"] and not page.exception
+    assert "unknown name --rusn; did you mean runs?" in capsys.readouterr().err
+
+
 SWITCHES = """
-import sys
 from streamlit.testing.v1 import AppTest
 
 def status(key):
@@ -372,6 +381,7 @@ def url(runs, tmp_path_factory):
     command += ["--server.headless=true", "--", "--runs", str(runs), "--device", "cpu"]
     log = tmp_path_factory.mktemp("server") / "log"
     env = os.environ | {"HF_ENDPOINT": "http://localhost:9", "HF_HUB_OFFLINE": "0"}
+    env["OMP_NUM_THREADS"] = "1"  # tiny products: threads would only wait for each other
     with (
         log.open("w") as out,
         subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out) as server,
@@ -416,7 +426,7 @@ def until(condition, seconds=60):
         except WebDriverException:
             pass
         assert time.monotonic() < end, f"waited {seconds} s in vain"
-        time.sleep(0.05)
+        time.sleep(0.2)  # looking takes time from the page
 
 
 class Visitor:
@@ -447,6 +457,17 @@ class Visitor:
         until(lambda: name in [e.text for e in self.all("h3")])
         self.wait()
 
+    def one_token(self):
+        """Pull the slider of the tokens to its left end, which makes writing quick."""
+        from selenium.webdriver import ActionChains, Keys
+
+        slider = next(e for e in self.all("[data-testid=stSlider]") if "Tokens" in e.text)
+        hidden = slider.find_element("css selector", "input")
+        self.driver.execute_script("arguments[0].focus()", hidden)
+        ActionChains(self.driver).send_keys(Keys.HOME).perform()
+        until(lambda: slider.text.split()[1] == "1")
+        self.wait()
+
     def write(self):
         """Press the button -> the texts, each with the line about its model."""
         next(e for e in self.all("button") if e.text == "Write").click()
@@ -475,6 +496,7 @@ def test_text_streams_another_model_is_chosen_and_both_side_by_side(chromium, ur
     lengths = chromium.execute_script("return window.lengths")
     assert len(lengths) > 3 and lengths == sorted(lengths)  # it grew while one looked
 
+    page.one_token()
     page.all("[data-testid=stMultiSelect] input")[0].send_keys("\ue003")  # backspace
     until(lambda: not page.all("h3"))
     page.pick("llama")
@@ -496,6 +518,7 @@ def test_text_streams_another_model_is_chosen_and_both_side_by_side(chromium, ur
 @in_browser
 def test_bad_input_is_one_line_in_the_browser(chromium, url):
     page = Visitor(chromium, url)
+    page.one_token()
     page.type("someone/no-such-model")
     assert len(page.write()) == 1  # the run's, beside the one that fails
     (alert,) = page.all("[data-testid=stAlert]")

@@ -4,6 +4,7 @@
     run_dir/curve.png       drawn from it at each evaluation, where matplotlib is installed
     run_dir/latest          the name of the checkpoint to continue from
     run_dir/.lock           held by the run at work; the kernel frees it when that process dies
+    run_dir/wandb_id        with --wandb true: the run's name at Weights & Biases
     run_dir/step_NNNNNN/    model.safetensors   the whole weights under their plain names
                             train_state.pt      optimizer and loss scale, no pickled objects
                             config.json         architecture, flags, step, tokens, data
@@ -21,6 +22,7 @@ import os
 import pickle
 import platform
 import re
+import secrets
 import shutil
 import signal
 import statistics
@@ -36,6 +38,7 @@ from fineweb import write_beside
 FILES = ("model.safetensors", "train_state.pt", "config.json")
 SUMS = "SHA256SUMS"
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient before a run gives up
+PIP = "pip install wandb"
 SPIKE = 5.0  # standard deviations above the mean of the last 100 losses
 
 
@@ -241,15 +244,17 @@ def remove(folder):
 
 
 class Log:
-    """log.jsonl and the terminal, on the first rank; on the others it writes nothing.
+    """log.jsonl, the terminal and, if wanted, wandb, on the first rank; on the others it writes
+    nothing. As a context, it closes wandb.
 
     losses: the last 100 training losses; evaluated: the keys that the log has of step `step`
     already; skipped: steps in a row that were, up to now. What a full disk keeps out of the file
     waits in memory."""
 
-    def __init__(self, run, step, active):
+    def __init__(self, run, step, active, wandb=False):
         self.run, self.file, self.waiting, self.skipped = run, None, b"", 0
         self.losses, self.evaluated = deque(maxlen=100), set()
+        self.tracker = Tracker(run, self.say) if wandb and active else None
         if not active:
             return
         path = run / "log.jsonl"
@@ -275,6 +280,20 @@ class Log:
             self.flush()
         except OSError as error:
             self.say(f"warning: {error}; its lines wait in memory")
+        self.track(**entry)
+
+    def track(self, **entry):
+        """To wandb only."""
+        if self.tracker:
+            self.tracker.attempt(self.tracker.write, entry)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.tracker:
+            stopped = kind is SystemExit  # by a signal, to be continued
+            self.tracker.attempt(self.tracker.finish, 0 if kind is None or stopped else 1)
 
     def step(self, **entry):
         """Write a training step -> what is remarkable about it, for the terminal."""
@@ -283,7 +302,7 @@ class Log:
             self.skipped = 0
             self.write(**entry)
             if z := spike(loss, self.losses):
-                note = f" SPIKE, z-score {z:.1f}"
+                note = f" SPIKE z {z:.1f}"
                 self.write(event="spike", step=entry["step"], loss=loss, z=z)
             self.losses.append(loss)
         else:
@@ -334,6 +353,62 @@ class Log:
     def say(self, text):
         if self.file:
             print(text, flush=True)
+
+
+class Tracker:
+    """Sends what the log gets to Weights & Biases too, as one run there however often this one is
+    continued. Whatever fails in it costs a warning, and training goes on without.
+
+    ModuleNotFoundError, before anything is done, when the package is missing."""
+
+    def __init__(self, folder, say):
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"--wandb true needs wandb: {PIP} ({error})") from None
+        self.wandb, self.folder, self.say, self.run = wandb, folder, say, None
+
+    def attempt(self, call, *args):
+        if not self.wandb:
+            return
+        try:
+            call(*args)
+        except Exception as error:  # of any kind: it talks to another process, and to a server
+            if isinstance(error, ConnectionError):  # its process died: it shall not wait for it
+                with contextlib.suppress(Exception, SystemExit):
+                    self.wandb.teardown()
+            self.wandb, reason = None, (str(error).splitlines() or [""])[0]
+            key = os.environ.get("WANDB_API_KEY") or None
+            reason = f"{type(error).__name__}: {reason.replace(key, '***') if key else reason}"
+            self.say(f"warning: wandb failed ({reason}); training goes on without it")
+
+    def start(self, entry):
+        name = self.folder / "wandb_id"
+        if not name.is_file():
+            with write_beside(str(name)) as file:
+                file.write(secrets.token_hex(8).encode())
+        # neither the terminal's lines nor git's remote, whose address may hold a password
+        quiet = self.wandb.Settings(console="off", disable_git=True, save_code=False, quiet=True)
+        self.run = self.wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "nanoswitch"), name=self.folder.resolve().name,
+            id=name.read_text().strip(), resume="allow", dir=self.folder, settings=quiet,
+        )  # fmt: skip
+        about = {name: entry[name] for name in entry.keys() - {"config", "event", "step"}}
+        self.run.config.update(entry["config"] | about, allow_val_change=True)
+        # not wandb's own count, which takes no step twice: after a kill some are done again
+        self.run.define_metric("*", step_metric="step")
+
+    def write(self, entry):
+        if "config" in entry:
+            self.start(entry)
+        else:
+            if "samples" in entry:
+                rows = [[entry["step"], text] for text in entry["samples"]]
+                entry["samples"] = self.wandb.Table(["step", "text"], rows)
+            self.run.log({name: value for name, value in entry.items() if value is not None})
+
+    def finish(self, status):
+        self.run.finish(status)
 
 
 def parse(line):

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import math
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,6 +105,8 @@ class TrainConfig:
     """draw run_dir/curve.png at each validation, where matplotlib is installed"""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from run_dir's latest checkpoint if there is one"""
+    wandb: bool = False
+    """send the log to Weights & Biases too; WANDB_MODE=offline keeps it in run_dir/wandb"""
     overfit_single_batch: bool = False
     """train on the first batch only: the loss must fall towards 0"""
     dry_run: bool = False
@@ -303,7 +306,7 @@ class Trainer:
             )
         self.optimizers = parallel.make_optimizers(self.model, config, self.ranks)
         self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.dtype == torch.float16 and self.device.type == "cuda"
+            self.device.type, enabled=self.dtype == torch.float16 and self.device.type != "mps"
         )
         self.micro_batch = self.find_micro_batch()
         self.micro_steps = self.batch_windows // self.ranks.world // self.micro_batch
@@ -578,7 +581,7 @@ class Trainer:
         return [
             f"parameters {params:,}  training FLOPs per token {flops:,}",
             f"device {device} x {ranks.world}  dtype {str(self.dtype)[6:]}  "
-            f"memory about {memory / 2**30:.1f} GiB per rank",
+            f"memory about {memory / 2**30:.1f} GiB each",
             f"data {self.train.tokens:,} train tokens, {self.val.tokens:,} val tokens",
             f"tokens per step {c.total_batch_tokens:,} = {self.micro_batch} sequences x {T} x "
             f"{self.micro_steps} micro-steps x {ranks.world} ranks",
@@ -614,14 +617,17 @@ def divisors(n):
 def short(number):
     """1234567 -> 1.23M, 65432 -> 65.4k: three digits that fit a progress line."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
-        if number >= size:
+        if number >= 0.9995 * size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
 
 
 def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    """7509 -> 2h05m, 200000 -> 2d07h: the two largest units."""
+    sizes, units, seconds = (86400, 3600, 60, 1), "dhms", int(seconds)
+    i = next((i for i, size in enumerate(sizes[:2]) if seconds >= size), 2)
+    large, rest = divmod(seconds, sizes[i])
+    return f"{large}{units[i]}{rest // sizes[i + 1]:02d}{units[i + 1]}"
 
 
 # ----------------------------------------------------------------------------- main
@@ -637,7 +643,7 @@ def train(trainer):
     run = Path(config.run_dir)
     with checkpoints.sole_user(run, ranks.first):
         start = trainer.resume(run)
-        log = checkpoints.Log(run, start, ranks.first)
+        log = checkpoints.Log(run, start, ranks.first, config.wandb)
         for line in trainer.describe():
             log.say(line)
         log.write(
@@ -656,7 +662,7 @@ def train(trainer):
             log.say(f"{run} is finished at step {start}; more steps: --max_steps N")
 
         meter = Meter(trainer, log, start)
-        with checkpoints.StopSignal(ranks.first) as signal:
+        with checkpoints.StopSignal(ranks.first) as signal, log:
             for done in range(start + 1, last + 1):
                 meter.waiting.append((done, trainer.launch(done - 1, signal.number)))
                 stop = meter.read()
@@ -691,19 +697,20 @@ def evaluate(trainer, examples, log, done, known=()):
     if wanted(config.eval_every, "val_loss"):
         loss = trainer.validate()
         log.write(step=done, val_loss=loss, peak_memory_bytes=peak_memory(trainer.device))
-        log.say(f"{done:>6}/{last} validation loss {loss:.4f}")
+        log.say(f"{done:>5}/{last} validation loss {loss:.4f}")
     if examples and done and wanted(config.hellaswag_every, "hellaswag_acc"):
         score = trainer.hellaswag(examples)
         log.write(step=done, **{f"hellaswag_{k}": v for k, v in score.items()})
         log.say(
-            f"{done:>6}/{last} HellaSwag acc_norm {score['acc_norm']:.4f} "
+            f"{done:>5}/{last} HellaSwag acc_norm {score['acc_norm']:.4f} "
             f"± {score['se']:.4f} (n {score['n']:,})"
         )
     if config.sample_every and wanted(config.sample_every, "samples"):
         samples = trainer.sample()
         log.write(step=done, samples=samples)
         for text in samples:
-            log.say(f"sample > {' '.join(text.split())}")
+            text = f"sample > {' '.join(text.split())}"
+            log.say(textwrap.fill(text, 80, subsequent_indent=" " * 9))
     if config.plot and due(config.eval_every, done, last):
         log.draw()
 
@@ -712,6 +719,7 @@ def save(trainer, run, log, done, must):
     """Save a checkpoint; one that fails stops the run only if it must be there."""
     try:
         trainer.save(done, run, log)
+        log.track(step=done, checkpoint=f"step_{done:06d}")
     except OSError as error:
         if must:
             raise
@@ -757,10 +765,12 @@ class Meter:
             tokens=done * config.total_batch_tokens, tok_per_s=speed, mfu=mfu,
         )  # fmt: skip
         if done == self.first or note or due(config.print_every, done, last):
+            usage = f"mfu {mfu:.0%}" if mfu else "unknown card"
+            note = note or f" {usage} eta {clock(self.average * (last - done))}"  # 80 columns
+            power = f"{rate:.1e}".replace("e-0", "e-")
             self.log.say(
-                f"{done:>6}/{last} loss {loss:.4f} lr {rate:.1e} norm {norm:.2f} "
-                f"{short(speed)} tok/s mfu {f'{mfu:.1%}' if mfu else 'unknown card'} "
-                f"eta {clock(self.average * (last - done))}{note}"
+                f"{done:>5}/{last} loss {loss:.4f} lr {power} norm {norm:.2f} "
+                f"{short(speed)} tok/s{note}"
             )
         self.log.check_skipped(self.trainer.scaler.is_enabled())
         return bool(stop)

@@ -7,23 +7,23 @@
 set -euo pipefail
 mode=${1:-zero1} python=${2:-python}
 here=$(cd "$(dirname "$0")/.." && pwd)
-tmp=$(mktemp -d)
+tmp=$(mktemp -d) net=sw$$- # names of its own: another run, or what one left, is none of ours
 cleanup() {
-    for pid in $(ip netns pids swnode1 2>/dev/null) $(ip netns pids swnode2 2>/dev/null); do
-        kill -9 "$pid" 2>/dev/null || true
+    for i in 1 2; do
+        for pid in $(ip netns pids $net$i 2>/dev/null); do kill -9 "$pid" 2>/dev/null || true; done
+        ip netns del $net$i 2>/dev/null || true
     done
-    for node in swnode1 swnode2; do ip netns del $node 2>/dev/null || true; done
     rm -rf "$tmp"
 }
 trap cleanup EXIT
 
-ip netns add swnode1
-ip netns add swnode2
-ip link add swveth1 netns swnode1 type veth peer name swveth2 netns swnode2
+ip netns add ${net}1
+ip netns add ${net}2
+ip link add swveth1 netns ${net}1 type veth peer name swveth2 netns ${net}2
 for i in 1 2; do
-    ip -n swnode$i addr add 10.77.0.$i/24 dev swveth$i
-    ip -n swnode$i link set swveth$i up
-    ip -n swnode$i link set lo up
+    ip -n $net$i addr add 10.77.0.$i/24 dev swveth$i
+    ip -n $net$i link set swveth$i up
+    ip -n $net$i link set lo up
 done
 
 "$python" - "$tmp" "$here" <<'PY'
@@ -45,7 +45,7 @@ node() { # node I RUN FLAGS...: the line that a user types on node I
     local i=$1 run=$2
     shift 2
     # the two namespaces share a host name, so each is told its address and whether it is the host
-    GLOO_SOCKET_IFNAME=swveth$i exec ip netns exec swnode"$i" \
+    GLOO_SOCKET_IFNAME=swveth$i exec ip netns exec $net"$i" \
         "$python" -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --max-restarts=3 \
         --rdzv_id=swtest-"$run" --rdzv_backend=c10d --rdzv_endpoint=10.77.0.1:29517 \
         --rdzv-conf=is_host=$((2 - i)),join_timeout=300 --local-addr=10.77.0.$i \
@@ -89,7 +89,7 @@ assert sum("train_loss" in l for l in lines) == 300  # every step once
 PY
 
 echo "bytes that one of two nodes sends per step in fp32, measured and by bytes_sent"
-sent() { ip -n swnode1 -s -j link show swveth1 | "$python" -c \
+sent() { ip -n ${net}1 -s -j link show swveth1 | "$python" -c \
     'import json, sys; print(json.load(sys.stdin)[0]["stats64"]["tx"]["bytes"])'; }
 for pair in "ddp adamw" "zero1 adamw" "fsdp adamw" "fsdp muon"; do
     read -r mode optimizer <<<"$pair"
@@ -106,11 +106,20 @@ for pair in "ddp adamw" "zero1 adamw" "fsdp adamw" "fsdp muon"; do
 import sys
 sys.path.insert(0, sys.argv[1])
 from model import GPTConfig
-from parallel import bytes_sent
+from parallel import bytes_sent, largest_share, parameter_counts
 config = GPTConfig(block_size=32, n_layer=4, n_head=2, n_embd=128)
 mode, optimizer, measured = sys.argv[2], sys.argv[3], int(sys.argv[4])
+computed = bytes_sent(config, mode, 2, width=4)
+here = {  # what differs on the first rank, and under gloo
+    "ddp": computed,
+    "zero1": bytes_sent(config, "ddp", 2) + 4 * largest_share(config, 2),  # it has the embedding
+    "fsdp": computed + 4 * parameter_counts(config)[0] // 2,  # scatters gradients by all-reduce
+}[mode]
 print(f"{mode:<6} {optimizer:<6} {measured:>12,} measured", end="")
-print(f" {bytes_sent(config, mode, 2, width=4):>12,} computed" if optimizer == "adamw" else "")
+if optimizer == "adamw":
+    print(f" {computed:>12,} computed {here:>12,} for the first rank under gloo", end="")
+    assert abs(measured / here - 1) < 0.01
+print()
 PY
 done
 echo passed

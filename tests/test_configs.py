@@ -11,7 +11,8 @@ import cli
 from model import GPT, GPTConfig
 from train_gpt2 import TrainConfig
 
-FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES, EXPERIMENTS = sorted(CONFIGS.glob("*.toml")), sorted(CONFIGS.glob("experiments/*.toml"))
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
@@ -47,6 +48,28 @@ def test_says_only_what_differs_from_the_defaults(path):
 @each_file
 def test_run_folder_is_named_after_the_file(path):
     assert parse(path)[1].run_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_is_the_tiny_model_with_few_switches_changed(path):
+    base = CONFIGS / "tiny_1m.toml"
+    argv = [str(base), str(path)]
+    model, train = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
+    plain, same = parse(base)
+    table = tomllib.loads(path.read_text())
+    for name, value in table.items():
+        assert getattr(model, name) == value
+    derived = {"mlp_hidden"} if "mlp" in table else {"n_kv_head"}  # by the other switches
+    changed = {n for n, value in asdict(model).items() if value != getattr(plain, n)}
+    assert changed <= table.keys() | derived and train == same
+    with torch.device("meta"):
+        size, reference = GPT(model).num_params(), GPT(plain).num_params()
+    assert size == pytest.approx(reference, rel=0.1)
+
+
+def test_tiny_1m_has_the_size_it_is_named_for():
+    V, T, C, L = 4096, 256, 128, 4
+    assert parameters("tiny_1m") == V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C == 1_350_400
 
 
 def test_gpt2_124m_has_gpt2s_size():

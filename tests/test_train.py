@@ -473,6 +473,47 @@ def test_a_kill_in_a_checkpoint_loses_nothing(dropped, data, tmp_path, monkeypat
     assert_same_run(run, dropped)
 
 
+def test_progress_fits_80_columns_and_a_log_file(data, tmp_path, monkeypatch, capsys):
+    """With the numbers of a day on eight cards, and with a card that is not known."""
+    made = trainer(data, tmp_path / "run", max_steps=19073)
+    for speed, peak in ((1.2345e6, 1e15), (12.3e3, None)):
+        log = checkpoints.Log(tmp_path / f"{speed}", 0, False)
+        log.say = print
+        meter = t.Meter(made, log, 12344)
+        made.config.total_batch_tokens, meter.peak, meter.average = 524288, peak, 60.0
+        monkeypatch.setattr(t.time, "perf_counter", lambda s=speed, m=meter: m.begin + 524288 / s)
+        meter.report(12345, lambda: (10.8235, 0.553, 0))
+    log.say = lambda text: print(text)
+    log.losses.extend([2.5, 2.6] * 20)
+    meter.report(12346, lambda: (10.82345, 1234.5, 0))
+    meter.report(12347, lambda: (math.nan, math.nan, 0))
+    out = capsys.readouterr().out
+    lines = [line for line in out.split("\n") if "tok/s" in line]
+    assert re.fullmatch(
+        r"12345/19073 loss 10.8235 lr \d.\de-\d norm 0.55 1.23M tok/s mfu \d+% eta \d+d\d\dh",
+        lines[0],
+    )
+    assert "12.3k tok/s unknown card eta" in lines[1]
+    assert "SPIKE z " in lines[2] and "SKIPPED" in lines[3]
+    assert all(len(line) <= 80 for line in lines) and "\r" not in out
+
+
+@pytest.mark.parametrize(
+    "seconds, shown",
+    [(0, "0m00s"), (65.9, "1m05s"), (7509, "2h05m"), (86399, "23h59m"), (200_000, "2d07h")],
+)
+def test_times_show_their_two_largest_units(seconds, shown):
+    assert t.clock(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    "number, shown",
+    [(999, "999"), (999.7, "1k"), (65_432, "65.4k"), (999_990, "1M"), (1_234_567, "1.23M")],
+)
+def test_short_numbers_have_three_digits(number, shown):
+    assert t.short(number) == shown
+
+
 def test_pruning_never_removes_what_latest_names(plain, data, tmp_path, monkeypatch):
     """A kill left a step_000006 that `latest` does not name yet; step 5 is saved before it."""
     run = tmp_path / "run"
@@ -652,7 +693,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(data, tmp_path, capsys, monkeyp
     assert f"FLOPs per token {6 * N + 12 * L * C * T:,}\n" in out
     assert f"tokens per step 128 = 2 sequences x {T} x 4 micro-steps x 1 ranks" in out
     assert f"steps {steps} = {steps * 128:,} tokens" in out
-    assert re.search(r"expected time \d+:\d\d:\d\d .* tokens/s", out)
+    assert re.search(r"expected time \d+[dhm]\d\d[hms] .* tokens/s", out)
     assert list(tmp_path.iterdir()) == []
 
 

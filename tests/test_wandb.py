@@ -1,0 +1,176 @@
+"""--wandb true: what Weights & Biases gets, read back from its offline files, and that training
+does not care what becomes of it."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import test_train as tt
+
+import checkpoints
+import train_gpt2 as t
+
+FEW = dict(
+    n_layer=1, n_embd=8, max_steps=4, eval_every=2, val_tokens=32, sample_every=0,
+    checkpoint_every=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wandb") / "data"
+    tt.make_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(data):
+    """The run without wandb, which did not even import it."""
+    known = "wandb" in sys.modules
+    tt.train(data, data.parent / "plain", **FEW)
+    assert known or "wandb" not in sys.modules
+    return data.parent / "plain"
+
+
+def results(run):
+    """The log's lines but for what differs from run to run: times and flags."""
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    other = {"tok_per_s", "peak_memory_bytes", "config", "git", "versions"}
+    return [{k: v for k, v in entry.items() if k not in other} for entry in entries]
+
+
+# ----------------------------------------------------------------------------- the real package
+
+
+def records(path):
+    """The records of a .wandb file: a header of 7 bytes, then LevelDB's log format, blocks of
+    32 KiB with pieces of records: checksum (4 bytes), length (2), whether it is the last (1)."""
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    content, place, whole = path.read_bytes(), 7, b""
+    assert content[:4] == b":W&B"
+    while place + 7 <= len(content):
+        left = 2**15 - place % 2**15
+        if left < 7:  # no room for a piece: zeros
+            place += left
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        whole += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or its last piece
+            yield pb.Record.FromString(whole)
+            whole = b""
+
+
+def values(items):
+    """{name: value}, a nested one's name being a/b."""
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_wandb_gets_the_whole_log_and_a_continued_run_stays_one(
+    data, plain, tmp_path, monkeypatch
+):  # fmt: skip
+    package = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    run = tmp_path / "mine"
+    for steps in (2, 4):
+        tt.train(data, run, **FEW | dict(max_steps=steps, sample_every=4), wandb=True)
+    package.teardown()  # its process may still be writing
+    parts = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(parts) == 2
+    written = [list(records(part)) for part in parts]
+    ids = {r.run.run_id for part in written for r in part if r.HasField("run")}
+    assert ids == {(run / "wandb_id").read_text()}
+    got, texts = {}, {}
+    for part in written:
+        about = next(r.run for r in part if r.HasField("run"))
+        assert (about.project, about.display_name) == ("nanoswitch", "mine")
+        assert [r.exit.exit_code for r in part if r.HasField("exit")] == [0]
+        assert not any(r.HasField("output_raw") or r.HasField("output") for r in part)
+        config = next(values(r.config.update) for r in part if r.HasField("config"))
+        assert (config["n_embd"], config["lr"], config["parameters"]) == (8, 3e-3, 403_448)
+        assert config["versions"]["torch"] and config["seed"] == 1337
+        for entry in [values(r.history.item) for r in part if r.HasField("history")]:
+            step = entry.pop("step")
+            if path := entry.get("samples/path"):
+                [file] = (run / "wandb").glob(f"offline-run-*/files/{path}")
+                texts[step] = [text for _, text in json.loads(file.read_text())["data"]]
+            for name in [name for name in entry if not name.startswith(("_", "samples/"))]:
+                assert (name, step) not in got
+                got[name, step] = entry[name]
+    expected = {("checkpoint", 2): "step_000002", ("checkpoint", 4): "step_000004"}
+    for line in tt.log(run):
+        if "samples" in line:
+            assert texts.pop(line["step"]) == line["samples"]
+        elif "event" not in line:
+            items = line.items() - {("step", line["step"]), ("mfu", None)}
+            expected |= {(name, line["step"]): value for name, value in items}
+    assert got == expected and not texts
+    assert {step for name, step in got if name == "train_loss"} == {1, 2, 3, 4}
+
+
+# ----------------------------------------------------------------------------- failures
+
+
+class Fails(ModuleType):
+    """A stand-in for the package that fails when it comes to `where`, and counts its calls."""
+
+    def __init__(self, where):
+        super().__init__("wandb")
+        self.where, self.calls = where, []
+        self.Settings, self.Table = SimpleNamespace, lambda *_: None
+
+    def call(self, name):
+        self.calls.append(name)
+        if name == self.where:
+            raise ConnectionError("key SECRET refused\nand more lines")
+
+    def teardown(self):
+        raise SystemExit(1)  # as it does at times
+
+    def init(self, **_):
+        self.call("init")
+        config = SimpleNamespace(update=lambda *_, **__: self.call("config"))
+        return SimpleNamespace(
+            config=config, define_metric=lambda *_, **__: None,
+            log=lambda _: self.call("log"), finish=lambda _: self.call("finish"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["init", "config", "log", "finish"])
+def test_a_run_survives_whatever_fails_in_wandb(data, plain, tmp_path, monkeypatch, capsys, where):
+    package = Fails(where)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setenv("WANDB_API_KEY", "SECRET")
+    tt.train(data, tmp_path / "run", **FEW, wandb=True)
+    assert package.calls.count(where) == 1 and package.calls[-1] == where  # left alone after it
+    assert results(tmp_path / "run") == results(plain)
+    assert tt.equal_weights(tt.weights(tmp_path / "run"), tt.weights(plain))
+    out, err = capsys.readouterr()
+    [warning] = [line for line in (out + err).splitlines() if "warning" in line]
+    assert warning.startswith("warning: wandb failed (ConnectionError: key *** refused)")
+    assert "SECRET" not in out + err + (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_a_missing_package_is_named_before_anything_is_done(
+    data, plain, tmp_path, monkeypatch, capsys
+):  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    before = tt.snapshot(plain)
+    arguments = tt.arguments(data, plain, **FEW | dict(max_steps=8), wandb="true")
+    err = tt.refused(capsys, monkeypatch, *arguments)
+    assert "pip install wandb" in err
+    assert tt.snapshot(plain) == before
+
+
+def test_only_the_first_rank_talks_to_wandb(tmp_path, monkeypatch):
+    package = Fails("never")
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    for active in (False, True):
+        with checkpoints.Log(tmp_path, 0, active, wandb=True) as log:
+            log.write(event="start", step=0, config={"lr": 1})
+            log.write(step=1, train_loss=2.0)
+        assert package.calls == (["init", "config", "log", "finish"] if active else [])
+    assert not t.TrainConfig().wandb

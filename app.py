@@ -1,0 +1,299 @@
+"""streamlit run app.py -- --runs runs        # needs: pip install -r requirements-app.txt
+
+A page over sample.py: one prompt through one trained model, or through several side by side. The
+text comes as it is drawn; below it each run's curve, what the model held likely at every step,
+and what its attention heads looked at.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import html
+import math
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import cli
+import sample
+from compare import read_run
+from model import latest_step
+
+try:
+    import altair as alt  # streamlit brings it
+    import streamlit as st
+except ModuleNotFoundError:  # main() says it: importing this file needs no streamlit
+    st = None
+
+TOP = 5  # likeliest tokens shown at each step
+PICTURED = 32  # first tokens of the prompt whose attention is drawn: more would be unreadable
+SCORES = {"val_loss": "validation loss", "hellaswag_acc_norm": "HellaSwag"}
+EXPECTED = (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError)
+
+
+@dataclass
+class AppConfig:
+    runs: str = "runs"
+    """folder of run folders to choose from"""
+    device: str = "auto"
+    """auto takes cuda, else mps, else cpu"""
+
+
+class Slot:
+    """The one model in memory. Hold `lock` while using it: pages take turns."""
+
+    def __init__(self):
+        self.lock, self.key, self.loaded = threading.Lock(), None, None
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc would keep it:
+            ctypes.CDLL(None).mallopt(-3, 1 << 20)  # freed memory from 1 MB up goes back at once
+
+    def load(self, name, device):
+        """A checkpoint by path or hub name -> its model, and its tokenizer unless it is GPT-2's.
+
+        The one before is freed first, so there are never two. A run that went on is read again."""
+        key = latest_step(Path(name)) if (Path(name) / "latest").is_file() else name
+        if key != self.key:
+            self.key = self.loaded = None
+            gc.collect()
+            self.loaded, self.key = sample.load(name, device), key
+        return self.loaded
+
+
+@dataclass
+class Reply:
+    """What a model made of a prompt, and a look inside; plain data, which outlives the model."""
+
+    prompt: str
+    text: str = ""
+    about: str = ""  # the model, on one line
+    error: str = ""  # why there is no text, on one line
+    steps: list = field(default_factory=list)  # a row of the table for each drawn token
+    tokens: list = field(default_factory=list)  # of the prompt, the first PICTURED
+    attention: list = field(default_factory=list)  # of each layer, (nh, T, T)
+
+
+@torch.no_grad()
+def write(reply, slot, config, box):
+    """Fill a reply, shown in the placeholder `box` as it comes."""
+    try:
+        model, own = slot.load(config.checkpoint, config.device)
+        reply.about = describe(model)
+        tokenizer, eot = sample.pick_tokenizer(own)
+        ids = sample.encode(tokenizer, eot, reply.prompt)
+        with watched([model], "stream", keep_tokens) as drawn:
+            for piece in sample.stream_text(model, ids, config, own):
+                reply.text += piece
+                show_text(reply, box)
+        reply.steps = probabilities(model, tokenizer, ids, drawn)
+        reply.tokens = [spell(tokenizer, token) for token in ids[:PICTURED]]
+        reply.attention = attention(model, ids[:PICTURED])  # causal: the rest changes nothing
+    except EXPECTED as error:
+        reply.error = one_line(error)
+
+
+@contextlib.contextmanager
+def watched(things, name, watcher):
+    """Within the block these objects' method becomes watcher(method, kept, ...) -> list kept."""
+    kept = []
+    for thing in things:
+        setattr(thing, name, functools.partial(watcher, getattr(thing, name), kept))
+    try:
+        yield kept
+    finally:
+        for thing in things:
+            delattr(thing, name)  # the class's own method is seen again
+
+
+def keep_tokens(stream, kept, *args, **kwargs):
+    """GPT.stream, with the tokens that it draws kept."""
+    for token in stream(*args, **kwargs):
+        kept.append(token.item())
+        yield token
+
+
+def probabilities(model, tokenizer, ids, drawn):
+    """A row of the table for each token drawn after ids: the token, its probability, the likeliest.
+
+    The probabilities are the model's own, before temperature, top-k and top-p."""
+    idx = torch.tensor([ids + drawn[:-1]], device=next(model.parameters()).device)  # (1, T)
+    rows, x = [], model.features(idx)[0, len(ids) - 1 :]  # (steps, C)
+    for part in x.split(64):  # 13 MB of logits at once
+        probs = model.logits(part).float()[:, : model.config.vocab_used].softmax(-1).cpu()
+        for p, token in zip(probs, drawn[len(rows) :], strict=False):
+            row = {"drawn": spell(tokenizer, token), "probability": p[token].item()}
+            likely = enumerate(p.topk(TOP).indices.tolist(), 1)
+            rows.append(row | {f"{n}.": f"{spell(tokenizer, i)}  {p[i]:.0%}" for n, i in likely})
+    return rows
+
+
+def attention(model, ids):
+    """Attention weights over the tokens ids: of each layer (nh, T, T), query by key, on the CPU."""
+    with watched([block.attn for block in model.transformer.h], "attend", keep_weights) as layers:
+        model.features(torch.tensor([ids], device=next(model.parameters()).device))
+    return layers
+
+
+def keep_weights(attend, kept, q, k, v, mask, cache):
+    """Attention.attend, with its weights kept. Attention is linear in its values, so with the
+    identity matrix for values it returns the weights, whatever the positions, windows and kernel.
+    Linformer's summaries come out spread over the tokens they are made of, perhaps negative."""
+    T, hs = v.shape[2:]  # slices as wide as a head: some kernels insist
+    columns = torch.eye(T, math.ceil(T / hs) * hs, device=v.device, dtype=v.dtype).split(hs, dim=1)
+    parts = [attend(q, k, eye.expand_as(v), mask, cache) for eye in columns]  # (1, nh, T, hs) each
+    kept.append(torch.cat(parts, dim=3)[0, :, :, :T].float().cpu())
+    return attend(q, k, v, mask, cache)
+
+
+def spell(tokenizer, token):
+    """A token with its spaces and line ends visible."""
+    return tokenizer.decode([token]).replace(" ", "·").replace("\n", "↵")
+
+
+def describe(model):
+    """A model's switches and size on one line."""
+    c, size = model.config, f"{model.num_params() / 1e6:,.1f}M params"
+    attends = f"window {c.window}" if c.window else f"{c.attention} attention"
+    heads = f"{c.n_head}/{c.n_kv_head} heads"  # of queries, of keys
+    return f"{c.pos} · {c.norm} · {c.mlp} · {attends} · {heads} · {size}"
+
+
+# ----------------------------------------------------------------------------- what is shown
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__  # a MemoryError says nothing
+
+
+def show_text(reply, box):
+    """Model, prompt and text as they are, neither markdown nor HTML; or what went wrong."""
+    if reply.error:
+        return box.error(reply.error)
+    about, prompt, text = map(html.escape, (reply.about, reply.prompt, reply.text))
+    box.html(
+        f"<small style='opacity: .7'>{about}</small><div style='margin-top: .5rem; white-space: "
+        f"pre-wrap; overflow-wrap: anywhere'><span style='opacity: .5'>{prompt}</span>{text}</div>"
+    )
+
+
+def show_curves(logs):
+    """Validation loss and HellaSwag of {name: compare.Run} against tokens."""
+    for key, title in SCORES.items():
+        points = [
+            {"run": name, "tokens": step * run.config["total_batch_tokens"], title: value}
+            for name, run in logs.items() for step, value in zip(*run.curve(key), strict=True)
+        ]  # fmt: skip
+        if len({point["tokens"] for point in points}) > 1:
+            line = alt.Chart(alt.Data(values=points), height=300).mark_line(point=True)
+            color, y = alt.Color("run:N", title=None), alt.Y(f"{title}:Q").scale(zero=False)
+            st.altair_chart(line.encode(alt.X("tokens:Q"), y, color.legend(orient="top")))
+
+
+def show_steps(name, reply):
+    """The table of the likeliest tokens at each step."""
+    bar = st.column_config.ProgressColumn(format="percent", max_value=1.0)
+    st.dataframe(reply.steps, column_config={"probability": bar}, height=320)
+
+
+def show_attention(name, reply):
+    """One layer: a head with its tokens written out, and every head as a thumbnail."""
+    left, right = st.columns(2)
+    layer = left.selectbox("Layer", range(len(reply.attention)), key=f"layer {name}")
+    weights = reply.attention[layer]  # (nh, T, T)
+    head = right.selectbox("Head", range(len(weights)), key=f"head {name}")
+    names = [f"{i} {token}" for i, token in enumerate(reply.tokens)]
+    cells = [
+        {"query": q, "key": k, "weight": round(weights[head, i, j].item(), 3)}
+        for i, q in enumerate(names) for j, k in enumerate(names[: i + 1])
+    ]  # fmt: skip
+    axes = {"sort": names, "title": None, "axis": alt.Axis(labelExpr="split(datum.label, ' ')[1]")}
+    color = alt.Scale(domain=[0, 1], range=["white", "rgb(8, 48, 107)"], interpolate="rgb")
+    chart = alt.Chart(alt.Data(values=cells), height=360).mark_rect(stroke="whitesmoke").encode(
+        alt.X("key:N", **axes), alt.Y("query:N", **axes),
+        alt.Color("weight:Q", scale=color, legend=None), tooltip=["query:N", "key:N", "weight:Q"],
+    )  # fmt: skip
+    st.altair_chart(chart)
+    times = math.ceil(84 / len(names))  # pixels a token
+    w = weights.clamp(0, 1).repeat_interleave(times, 1).repeat_interleave(times, 2)
+    pictures = 255 - w[..., None] * (255 - torch.tensor([8, 48, 107]))  # (nh, T', T', 3)
+    st.image(list(pictures.byte().numpy()), [f"head {i}" for i in range(len(w))], width=84)
+
+
+# ----------------------------------------------------------------------------- the page
+def choose(folder):
+    """The checkpoints that the reader picks or types: {name on the page: path or hub name}."""
+    # runs, those of comparisons too, and Hugging Face folders
+    found = [*Path(folder).rglob("latest"), *Path(folder).glob("*/model.safetensors")]
+    found = [p.parent for p in sorted(found, key=lambda p: -p.stat().st_mtime)]
+    found = {str(p.relative_to(folder)): str(p) for p in found}
+    if not found:
+        st.error(f"no runs in {folder}: python train_gpt2.py configs/quickstart.toml makes one")
+    left, right = st.columns(2)
+    picked = left.multiselect("Runs, newest first", found, list(found)[:1], max_selections=4)
+    typed = right.text_input("or a folder, or a hub repository", placeholder="gpt2").strip()
+    return {name: found[name] for name in picked} | ({typed: typed} if typed else {})
+
+
+def settings():
+    """The sampling controls, in the side bar -> fields of SampleConfig."""
+    first, bar = sample.SampleConfig(""), st.sidebar
+    bar.header("Sampling")
+    return dict(
+        temperature=bar.slider("Temperature", 0.0, 2.0, first.temperature, 0.05),
+        top_k=bar.slider("Top-k", 0, 200, first.top_k, help="0 draws from all tokens"),
+        top_p=bar.slider("Top-p", 0.05, 1.0, first.top_p, 0.05),
+        max_new_tokens=bar.slider("Tokens", 1, 400, first.max_new_tokens),
+        seed=bar.number_input("Seed", 0, 2**31, first.seed, help="same seed, same text"),
+    )  # fmt: skip
+
+
+def page(config, slot):
+    st.header("nanoswitch", help="base models: they continue a text, they do not answer")
+    chosen, options = choose(config.runs), settings() | {"device": config.device}
+    prompt = st.text_area("Prompt", sample.SampleConfig("").prompt, max_chars=20_000, height=80)
+    if pressed := st.button("Write", type="primary"):
+        st.session_state.replies = {name: Reply(prompt) for name in chosen}
+    logs = {name: run for name, path in chosen.items() if (run := read_run(path))}
+    replies = {n: r for n, r in st.session_state.get("replies", {}).items() if n in chosen}
+
+    for column, name in zip(st.columns(len(chosen) or 1, border=True), chosen, strict=False):
+        with column:
+            st.subheader(name)
+            last = {what: logs[name].last(key) for key, what in SCORES.items() if name in logs}
+            st.caption(" · ".join(f"{what} {x:.3f}" for what, x in last.items() if x is not None))
+            box = st.empty()
+            if pressed:
+                with slot.lock:
+                    write(replies[name], slot, sample.SampleConfig(chosen[name], **options), box)
+            if name in replies:
+                show_text(replies[name], box)
+
+    curves, *inside = st.tabs(["Curves", "Next token", "Attention"])
+    with curves:
+        show_curves(logs)
+    whole = [(n, replies[n]) for n in chosen if n in replies and replies[n].attention]
+    for tab, show in zip(inside, (show_steps, show_attention), strict=True):
+        for column, (name, reply) in zip(tab.columns(len(whole) or 1), whole, strict=False):
+            with column:
+                st.markdown(f"**{name}**")
+                show(name, reply)
+
+
+def main():
+    if st is None:
+        raise ModuleNotFoundError("the page needs streamlit: pip install streamlit==1.67.0")
+    if not st.runtime.exists():
+        raise ValueError("the page is served, not run: streamlit run app.py")
+    st.set_page_config("nanoswitch", layout="wide")
+    # Streamlit runs this file anew at each click, and keeps the slot for the whole server
+    slot = st.cache_resource(lambda: Slot(), show_spinner=False)()
+    try:
+        page(cli.parse(AppConfig), slot)
+    except SystemExit:
+        st.error("a flag is wrong, the terminal says which: streamlit run app.py -- --runs DIR")
+    except EXPECTED as error:
+        st.error(one_line(error))
+
+
+if __name__ == "__main__":
+    cli.run(main)

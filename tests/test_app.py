@@ -1,0 +1,540 @@
+"""app.py: what it computes against formulas, its page without a browser (Streamlit's AppTest), and
+in headless Chromium:
+
+    python -m pytest tests/test_app.py -m browser     # needs requirements-app.txt and chromium
+
+The browser's tests are skipped, with the reason, where one of these is missing.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import app
+import sample
+from fineweb import get_tokenizer
+from model import ATTENTIONS, GPT, KERNELS, POSITIONS, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+PIN = next(
+    line for line in (ROOT / "requirements-app.txt").read_text().split() if "streaml" in line
+)
+MISSING = [
+    what
+    for what, found in (
+        (PIN, app.st), ("selenium", find_spec("selenium")),
+        ("chromium", shutil.which("chromium")), ("chromedriver", shutil.which("chromedriver")),
+    ) if not found
+]  # fmt: skip
+needs_streamlit = pytest.mark.skipif(app.st is None, reason=f"needs {PIN}: requirements-app.txt")
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    small = dict(block_size=48, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
+    return GPT(GPTConfig(**small | changes)).eval()
+
+
+def save_run(folder, model, log=True):
+    """A finished run folder, as train_gpt2.py leaves it."""
+    step = folder / "step_000004"
+    step.mkdir(parents=True)
+    weights = model.state_dict()
+    if model.config.tie_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, step / "model.safetensors")
+    (step / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
+    (folder / "latest").write_text(step.name)
+    start = {"event": "start", "parameters": 1, "config": {"total_batch_tokens": 1000}}
+    entries = [start, {"step": 0, "val_loss": 10.8}, {"step": 4, "val_loss": 8.125}]
+    entries += [{"step": 2, "hellaswag_acc_norm": 0.25}, {"step": 4, "hellaswag_acc_norm": 0.2625}]
+    if log:
+        (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    return folder
+
+
+# ----------------------------------------------------------------------------- what it computes
+
+ARCHITECTURES = (
+    [dict(pos=pos, n_kv_head=1) for pos in POSITIONS]
+    + [dict(pos=pos, window=3, window_pattern="SL") for pos in ("learned", "alibi")]
+    + [dict(attention=a, linformer_segment=4, linformer_rank=3) for a in ATTENTIONS]
+    + [dict(attention_kernel=kernel) for kernel in KERNELS]
+    + [dict(qk_norm=True, document_mask=True), dict(attention_kernel="flex", window=3)]
+)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("changes", ARCHITECTURES, ids=str)
+def test_attention_weights_are_those_that_made_the_heads_outputs(changes):
+    """A head's output is y = W v. With fewer tokens than channels in a head, v has a right
+    inverse, so y and v alone tell what W was."""
+    model, seen, hooks = tiny(n_embd=64, vocab_size=128, vocab_used=100, **changes), [], []
+    ids = [5, 9, 99, 3, 4, 7, 98, 1, 2, 6]  # 10 tokens, 32 channels; 99 ends a text
+    for block in model.transformer.h:
+        block.attn.c_attn.weight.data *= 10  # else all weights are almost equal
+        hooks += [block.attn.c_attn.register_forward_hook(lambda m, x, y: seen.append(y))]
+        hooks += [block.attn.c_proj.register_forward_hook(lambda m, x, y: seen.append(x[0]))]
+    with torch.no_grad():
+        before, _ = model(torch.tensor([ids]))
+        for hook in hooks:
+            hook.remove()
+        layers = app.attention(model, ids)
+        after, _ = model(torch.tensor([ids]))
+    assert torch.equal(before, after) and len(layers) == 2
+    assert not any("attend" in vars(block.attn) for block in model.transformer.h)
+    for weights, qkv, y in zip(layers, seen[::2], seen[1::2], strict=True):
+        for head in range(2):
+            group = head * model.config.n_kv_head // 2
+            begin = 64 + (model.config.n_kv_head + group) * 32
+            v, out = qkv[0, :, begin : begin + 32], y[0, :, head * 32 : head * 32 + 32]  # (T, hs)
+            torch.testing.assert_close(weights[head], out @ torch.linalg.pinv(v), atol=1e-4, rtol=0)
+        assert weights.triu(1).abs().max() == 0
+        if model.config.attention == "full":
+            torch.testing.assert_close(weights.sum(2), torch.ones(2, 10))
+
+
+def test_attention_of_more_tokens_than_a_head_has_channels():
+    model, ids = tiny(n_embd=8), list(range(37))
+    with torch.no_grad():
+        first, whole = app.attention(model, ids[:4]), app.attention(model, ids)
+    for few, many in zip(first, whole, strict=True):
+        assert many.shape == (2, 37, 37)
+        torch.testing.assert_close(many[:, :4, :4], few)
+        torch.testing.assert_close(many.sum(2), torch.ones(2, 37))
+
+
+def test_the_table_holds_the_models_probabilities():
+    """Constant logits, so that they are known: a 1/2, b 3/10, newline 1/5."""
+    model = tiny(block_size=128, tie_embeddings=False)
+    known = {"a": 0.5, "·b": 0.3, "↵": 0.2}
+    ids = [get_tokenizer().encode_ordinary(text)[0] for text in ("a", " b", "\n")]
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.zero_()[0] = 1  # the head reads (1, 0, 0, ...)
+        model.lm_head.weight[:, 0] = -1e4
+        model.lm_head.weight[model.config.vocab_used :, 0] = 1e4  # padding, which is never drawn
+        for token, p in zip(ids, known.values(), strict=True):
+            model.lm_head.weight[token, 0] = math.log(p)
+        rows = app.probabilities(model, get_tokenizer(), [7, 8], ids * 30)
+    assert [row["drawn"] for row in rows] == list(known) * 30
+    for row in rows:
+        assert row["probability"] == pytest.approx(known[row["drawn"]], abs=1e-5)
+        assert [row["1."], row["2."], row["3."]] == ["a  50%", "·b  30%", "↵  20%"]
+
+
+class Box:
+    """A placeholder of the page, which remembers what it showed."""
+
+    def __init__(self):
+        self.shown = []
+
+    def html(self, text):
+        self.shown.append(text)
+
+    error = html
+
+
+def written(tmp_path, prompt="Hello <b>*you*</b>", **changes):
+    """A tiny model's reply, written without a page -> the reply, what was shown, the model."""
+    run, box, slot = save_run(tmp_path / "run", tiny(**changes)), Box(), app.Slot()
+    reply = app.Reply(prompt)
+    config = sample.SampleConfig(str(run), prompt=prompt, max_new_tokens=20, device="cpu")
+    app.write(reply, slot, config, box)
+    return reply, box.shown, slot.loaded[0], config
+
+
+def test_a_reply_is_samples_text_and_its_steps_are_the_drawn_tokens(tmp_path):
+    reply, shown, model, config = written(tmp_path)
+    assert not reply.error
+    assert reply.text == sample.sample(model, reply.prompt, config)[0]
+    drawn = "".join(row["drawn"] for row in reply.steps)
+    assert drawn.replace("·", " ").replace("↵", "\n") == reply.text and len(reply.steps) == 20
+    assert "".join(reply.tokens) == "Hello·<b>*you*</b>"
+    assert "stream" not in vars(model)
+    lengths = [len(text) for text in shown]
+    assert len(shown) > 10 and lengths == sorted(set(lengths))  # each longer than the one before
+    assert "Hello &lt;b&gt;*you*&lt;/b&gt;</span>" in shown[0]
+
+
+def test_a_prompt_beyond_the_context_is_one_line_and_the_slot_goes_on(tmp_path):
+    reply, _, model, _ = written(tmp_path, prompt="word " * 60)
+    assert "context of 48" in reply.error and "shorten it" in reply.error
+    assert "stream" not in vars(model) and not reply.attention
+
+
+def test_a_run_that_went_on_is_read_again(tmp_path):
+    run, slot = save_run(tmp_path / "run", tiny()), app.Slot()
+    first, _ = slot.load(str(run), "cpu")
+    assert slot.load(str(run), "cpu")[0] is first
+    (run / "step_000004").rename(run / "step_000008")
+    (run / "latest").write_text("step_000008")
+    assert slot.load(str(run), "cpu")[0] is not first
+
+
+def test_importing_needs_no_streamlit_and_running_names_it():
+    code = (
+        "import runpy, sys; sys.modules['streamlit'] = None  # as if it were not installed\n"
+        "import app; runpy.run_path('app.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: the page needs streamlit: pip install {PIN}\n"
+
+
+# ----------------------------------------------------------------------------- the page, no browser
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two whole runs, a Hugging Face folder's name without weights, and a run with a bad log."""
+    folder = tmp_path_factory.mktemp("runs")
+    wide = dict(n_embd=64, n_head=4, block_size=256)
+    save_run(folder / "gpt2", tiny(**wide))
+    save_run(folder / "llama", tiny(**wide, pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2))
+    save_run(folder / "badlog", tiny())
+    (folder / "badlog" / "log.jsonl").write_text("not json")
+    save_run(folder / "hollow", tiny(), log=False)
+    (folder / "hollow" / "step_000004" / "model.safetensors").unlink()
+    for age, name in enumerate(("gpt2", "llama", "badlog", "hollow")):  # the list's order
+        os.utime(folder / name / "latest", (time.time() - age - 9,) * 2)
+    return folder
+
+
+@pytest.fixture
+def page(runs, monkeypatch):
+    return open_page(monkeypatch, runs)
+
+
+def open_page(monkeypatch, folder):
+    from streamlit.testing.v1 import AppTest
+
+    monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(folder), "--device", "cpu"])
+    return AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+
+
+def write(page, names, prompt="Once upon a time", tokens=5, typed=""):
+    page.multiselect[0].set_value(names)
+    page.text_input[0].set_value(typed)
+    page.text_area[0].set_value(prompt)
+    next(s for s in page.slider if s.label == "Tokens").set_value(tokens)
+    page.button[0].click().run()
+    assert not page.exception
+    return page
+
+
+def texts(page):
+    """What the replies say, without the line about the model and the prompt."""
+    bodies = [element.proto.body for element in page.get("html")]
+    return [re.search(r"</span>(.*)</div>", body, re.DOTALL)[1] for body in bodies]
+
+
+@needs_streamlit
+def test_the_page_lists_runs_and_shows_their_scores(page):
+    assert page.multiselect[0].options == ["gpt2", "llama", "badlog", "hollow"]
+    assert page.multiselect[0].value == ["gpt2"] and not page.error and not page.exception
+    assert page.caption[0].value == "validation loss 8.125 · HellaSwag 0.263"
+    loss, score = (chart.proto.data.data for chart in page.get("vega_lite_chart"))
+    loss = pyarrow.ipc.open_stream(loss).read_all().to_pylist()
+    assert loss == [
+        {"run": "gpt2", "tokens": 0, "validation loss": 10.8},
+        {"run": "gpt2", "tokens": 4000, "validation loss": 8.125},
+    ]
+    score = pyarrow.ipc.open_stream(score).read_all().to_pylist()
+    assert score == [
+        {"run": "gpt2", "tokens": 2000, "HellaSwag": 0.25},
+        {"run": "gpt2", "tokens": 4000, "HellaSwag": 0.2625},
+    ]
+
+
+@needs_streamlit
+def test_runs_of_a_comparison_and_hugging_face_folders_are_found(runs, tmp_path, monkeypatch):
+    (tmp_path / "exported").mkdir()
+    shutil.copy(runs / "gpt2" / "step_000004" / "model.safetensors", tmp_path / "exported")
+    shutil.copytree(runs / "llama", tmp_path / "comparison" / "runs" / "rope" / "seed_1337")
+    page = open_page(monkeypatch, tmp_path)
+    assert sorted(page.multiselect[0].options) == ["comparison/runs/rope/seed_1337", "exported"]
+
+
+@needs_streamlit
+def test_several_runs_side_by_side_write_what_sample_writes(page, runs):
+    write(page, ["gpt2", "llama"])
+    config = sample.SampleConfig("", max_new_tokens=5, device="cpu")
+    for name, text in zip(("gpt2", "llama"), texts(page), strict=True):
+        model, _ = sample.load(runs / name, "cpu")
+        expected = sample.sample(model, "Once upon a time", config)[0]
+        assert text == expected.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    assert [len(table.value) for table in page.dataframe] == [5, 5]
+    page.selectbox[0].set_value(1).run()  # another layer: the replies stay
+    assert not page.exception and len(texts(page)) == 2
+
+
+BAD = {
+    "without weights": (dict(names=["hollow"]), "no .*model.safetensors"),
+    "no such folder": (dict(names=[], typed="runs/nothing/here"), "no checkpoint folder"),
+    "a file": (dict(names=[], typed="README.md"), "is a file"),
+    "a hub name offline": (dict(names=[], typed="someone/some-model"), "without a network"),
+    "too long": (dict(names=["gpt2"], prompt="word " * 300), "context of 256 .*shorten it"),
+    "log": (dict(names=["badlog"]), "log.jsonl line 1 is not JSON"),
+}
+
+
+@needs_streamlit
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, page, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    arguments, message = BAD[name]
+    write(page, **arguments)
+    assert len(page.error) == 1
+    assert re.search(message, page.error[0].value) and "\n" not in page.error[0].value
+    write(page, ["llama"])  # and the page goes on
+    assert not page.error and len(texts(page)) == 1
+
+
+@needs_streamlit
+def test_no_runs_is_said_and_one_can_still_be_named(tmp_path, runs, monkeypatch):
+    page = open_page(monkeypatch, tmp_path / "nowhere")
+    assert not page.exception and len(page.error) == 1
+    assert "no runs in" in page.error[0].value and "train_gpt2.py" in page.error[0].value
+    write(page, [], typed=str(runs / "llama"))
+    assert len(texts(page)) == 1
+
+
+@needs_streamlit
+def test_a_wrong_flag_is_said_on_the_page_and_named_on_the_terminal(monkeypatch, capsys):
+    from streamlit.testing.v1 import AppTest
+
+    monkeypatch.setattr(sys, "argv", ["app.py", "--rusn", "x"])
+    page = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+    assert [e.value[:15] for e in page.error] == ["a flag is wrong"] and not page.exception
+    assert "unknown name --rusn; did you mean runs?" in capsys.readouterr().err
+
+
+SWITCHES = """
+from streamlit.testing.v1 import AppTest
+
+def status(key):
+    return next(int(x.split()[1]) / 1024 for x in open("/proc/self/status") if key in x)
+
+page = AppTest.from_file("app.py", default_timeout=60).run()
+page.slider[3].set_value(3)
+for name in page.multiselect[0].options:
+    page.multiselect[0].set_value([name])
+    page.button[0].click().run()
+    assert not page.exception and not page.error and len(page.dataframe) == 1
+    print(status("VmRSS"), status("VmHWM"))
+"""
+
+
+@needs_streamlit
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_stays_bounded_over_ten_models_of_100_megabytes(tmp_path):
+    first = save_run(tmp_path / "runs" / "0", tiny(n_embd=256, tie_embeddings=False))
+    weights = first / "step_000004" / "model.safetensors"
+    assert weights.stat().st_size > 100 * 2**20
+    for i in range(1, 10):
+        shutil.copytree(first, tmp_path / "runs" / str(i), copy_function=os.link)
+    done = subprocess.run(
+        [sys.executable, "-c", SWITCHES, "--runs", tmp_path / "runs", "--device", "cpu"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rss, peak = zip(*(map(float, line.split()) for line in done.stdout.splitlines()), strict=True)
+    print([round(x) for x in rss], [round(x) for x in peak])
+    assert len(rss) == 10
+    # half a model's size for what else may grow: eight models kept would be 800
+    assert max(rss) - rss[1] < 50 and peak[-1] - peak[1] < 50
+
+
+# ----------------------------------------------------------------------------- the page, browser
+
+
+def in_browser(test):
+    skip = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
+    return pytest.mark.browser(skip(test))
+
+
+@pytest.fixture(scope="module")
+def url(runs, tmp_path_factory):
+    """The page's server, on a free port, without a network."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "streamlit", "run", "app.py", f"--server.port={port}"]
+    command += ["--server.headless=true", "--", "--runs", str(runs), "--device", "cpu"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    env = os.environ | {"HF_ENDPOINT": "http://localhost:9", "HF_HUB_OFFLINE": "0"}
+    env["OMP_NUM_THREADS"] = "1"  # tiny products: threads would only wait for each other
+    with (
+        log.open("w") as out,
+        subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out) as server,
+    ):
+        try:
+            until(lambda: "localhost" in log.read_text() or server.poll() is not None)
+            assert server.poll() is None, log.read_text()
+            yield f"http://localhost:{port}"
+            assert "Traceback" not in log.read_text()
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    flags = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        "disable-component-update disable-sync disable-dev-shm-usage"
+    )
+    for flag in flags.split():
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options, service)
+    yield driver
+    driver.quit()
+
+
+def until(condition, seconds=60):
+    """Wait for a condition, which may fail to be computed while the page changes -> its value."""
+    from selenium.common.exceptions import WebDriverException
+
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if value := condition():
+                return value
+        except WebDriverException:
+            pass
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(0.2)  # looking takes time from the page
+
+
+class Visitor:
+    """Someone who looks at the page and uses it, in a window of this size."""
+
+    def __init__(self, driver, url, width=1280, height=1000):
+        self.driver = driver
+        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.get(url)
+        until(lambda: self.all("[data-testid=stTabs]"))
+        self.wait()
+
+    def all(self, selector):
+        return [e for e in self.driver.find_elements("css selector", selector) if e.is_displayed()]
+
+    def wait(self):
+        until(lambda: self.all("[data-testid=stApp][data-test-script-state=notRunning]"))
+
+    def pick(self, name):
+        box = self.all("[data-testid=stMultiSelect] input")[0]
+        box.send_keys(name + "\n\ue004")  # tab: the list closes
+        until(lambda: name in [e.text for e in self.all("h3")])
+        self.wait()
+
+    def type(self, name):
+        self.all("[data-testid=stTextInput] input")[0].send_keys(name + "\n")
+        until(lambda: name in [e.text for e in self.all("h3")])
+        self.wait()
+
+    def one_token(self):
+        """Pull the slider of the tokens to its left end, which makes writing quick."""
+        from selenium.webdriver import ActionChains, Keys
+
+        slider = next(e for e in self.all("[data-testid=stSlider]") if "Tokens" in e.text)
+        hidden = slider.find_element("css selector", "input")
+        self.driver.execute_script("arguments[0].focus()", hidden)
+        ActionChains(self.driver).send_keys(Keys.HOME).perform()
+        until(lambda: slider.text.split()[1] == "1")
+        self.wait()
+
+    def write(self):
+        """Press the button -> the texts, each with the line about its model."""
+        next(e for e in self.all("button") if e.text == "Write").click()
+        until(lambda: len(self.all(OUTCOMES)) == len(self.all("h3")))
+        self.wait()
+        return [e.text for e in self.all("[data-testid=stHtml]")]
+
+
+OUTCOMES = "[data-testid=stHtml], [data-testid=stAlert]"
+WATCH = """
+window.lengths = [];
+new MutationObserver(() => {
+    const text = document.querySelector("[data-testid=stHtml] div")?.innerText ?? "";
+    if (text.length && text.length !== lengths.at(-1)) lengths.push(text.length);
+}).observe(document.body, {childList: true, subtree: true, characterData: true});
+"""
+
+
+@in_browser
+def test_text_streams_another_model_is_chosen_and_both_side_by_side(chromium, url):
+    page = Visitor(chromium, url)
+    assert [e.text for e in page.all("h3")] == ["gpt2"]
+    chromium.execute_script(WATCH)
+    (text,) = page.write()
+    assert "learned · layernorm · gelu" in text and "Hello, I'm a language model," in text
+    lengths = chromium.execute_script("return window.lengths")
+    assert len(lengths) > 3 and lengths == sorted(lengths)  # it grew while one looked
+
+    page.one_token()
+    page.all("[data-testid=stMultiSelect] input")[0].send_keys("\ue003")  # backspace
+    until(lambda: not page.all("h3"))
+    page.pick("llama")
+    (other,) = page.write()
+    assert "rope · rmsnorm · swiglu" in other
+
+    page.pick("gpt2")
+    assert len(page.write()) == 2
+    left, right = (e.rect for e in page.all("h3"))
+    assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
+    assert page.all("[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg")
+    for tab, seen in (("Next token", "stDataFrame"), ("Attention", "stVegaLiteChart")):
+        next(e for e in page.all("[role=tab]") if e.text == tab).click()
+        until(lambda seen=seen: len(page.all(f"[data-testid={seen}]")) == 2)
+    assert len(page.all("[data-testid=stImage] img")) == 8  # a thumbnail a head
+    assert not page.all("[data-testid=stException]")
+
+
+@in_browser
+def test_bad_input_is_one_line_in_the_browser(chromium, url):
+    page = Visitor(chromium, url)
+    page.one_token()
+    page.type("someone/no-such-model")
+    assert len(page.write()) == 1  # the run's, beside the one that fails
+    (alert,) = page.all("[data-testid=stAlert]")
+    assert "without a network" in alert.text and "\n" not in alert.text
+    assert not page.all("[data-testid=stException]")
+
+
+@in_browser
+def test_on_a_phone_nothing_scrolls_sideways(chromium, url):
+    page = Visitor(chromium, url, 390, 844)
+    page.pick("llama")
+    page.write()
+    first, second = (e.rect for e in page.all("h3"))
+    assert first["y"] < second["y"] and first["x"] == second["x"]  # one below the other
+    for tab in page.all("[role=tab]"):
+        tab.click()
+        for part in ("html", "[data-testid=stMain]"):
+            width = f"return document.querySelector('{part}').scrollWidth"
+            assert chromium.execute_script(width) <= 390

@@ -43,7 +43,7 @@ HELLASWAG_MARKS = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
 MUST_AGREE = ("block_size", "vocab_used", "val_tokens", "hellaswag_limit", "overfit_single_batch")
 INCIDENTAL = {  # where and how a run was done, not what it computes
     "run_dir", "data_dir", "hellaswag_data", "device", "compile", "parallel", "micro_batch",
-    "print_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume", "plot",
+    "print_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume", "curve",
     "wandb",
 }  # fmt: skip
 PIP = "pip install matplotlib scipy"
@@ -696,13 +696,13 @@ def last_line(path):
 
 def report(groups, config):
     """Write all that OUT holds about {name: Runs}, and print the table."""
-    check_runs(groups)
     finished = {name: [run for run in runs if run.finished] for name, runs in groups.items()}
     unfinished = [str(run.folder) for runs in groups.values() for run in runs if not run.finished]
     unfinished += [name for name, runs in groups.items() if not runs]
     finished = {name: runs for name, runs in finished.items() if runs}
     if next(iter(groups)) not in finished:
         raise ValueError(f"{next(iter(groups))} has no finished run yet: nothing to compare with")
+    check_runs(groups)
     found, out = results(finished), Path(config.out)
     files = {
         "results.md": table(found, config.match, unfinished),

@@ -101,7 +101,7 @@ class TrainConfig:
     """how many of the newest checkpoints stay; 0 = all"""
     print_every: int = 10
     """steps between progress lines; log.jsonl has every step"""
-    plot: bool = True
+    curve: bool = True
     """draw run_dir/curve.png at each validation, where matplotlib is installed"""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from run_dir's latest checkpoint if there is one"""
@@ -714,7 +714,7 @@ def evaluate(trainer, examples, log, done, known=()):
         for text in samples:
             text = f"sample > {' '.join(text.split())}"
             log.say(textwrap.fill(text, 80, subsequent_indent=" " * 9))
-    if config.plot and due(config.eval_every, done, last):
+    if config.curve and due(config.eval_every, done, last):
         log.draw()
 
 

@@ -58,7 +58,7 @@ total_batch_tokens = 64
 max_steps = 1
 val_tokens = 32
 sample_every = 0
-plot = false
+curve = false
 warmup_steps = 0
 """
 ITEM = {

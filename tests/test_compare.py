@@ -247,7 +247,7 @@ def sweep(tmp_path_factory):
         "--data_dir", folder / "data",
         "--device", "cpu", "--total_batch_tokens", 64, "--max_steps", 6, "--warmup_steps", 2,
         "--eval_every", 2, "--val_tokens", 64, "--sample_every", 0, "--checkpoint_every", 2,
-        "--plot", "false",
+        "--curve", "false",
     ]  # fmt: skip
     process = subprocess.Popen([sys.executable, ROOT / "compare.py", *map(str, argv)])
     log = folder / "out" / "runs" / "gpt2" / "seed_1337" / "log.jsonl"

@@ -31,7 +31,7 @@ STEPS, MIDDLE = 30, 20
 FLAGS = dict(
     block_size=32, n_layer=2, n_head=2, n_embd=16, total_batch_tokens=256, micro_batch=2,
     max_steps=STEPS, val_tokens=224, eval_every=10, sample_every=STEPS, hellaswag_every=STEPS,
-    checkpoint_every=10, keep_checkpoints=0, norm="rmsnorm", mlp="swiglu", pos="rope", plot=False,
+    checkpoint_every=10, keep_checkpoints=0, norm="rmsnorm", mlp="swiglu", pos="rope", curve=False,
 )  # fmt: skip
 
 

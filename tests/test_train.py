@@ -32,7 +32,7 @@ MODEL = dict(block_size=16, n_layer=2, n_head=2, n_embd=16)
 TRAIN = dict(
     device="cpu", dtype="float32", compile="false", total_batch_tokens=128, max_steps=6, lr=3e-3,
     warmup_steps=3, grad_clip=0.7, eval_every=2, val_tokens=100, sample_every=3, checkpoint_every=2,
-    plot=False,
+    curve=False,
 )  # fmt: skip
 FLAGS = MODEL | TRAIN
 
@@ -527,10 +527,10 @@ def test_pruning_never_removes_what_latest_names(plain, data, tmp_path, monkeypa
 
 def test_a_run_draws_its_curve_and_goes_on_without_matplotlib(data, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    train(data, tmp_path / "drawn", max_steps=2, plot=True)
+    train(data, tmp_path / "drawn", max_steps=2, curve=True)
     assert (tmp_path / "drawn" / "curve.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    train(data, tmp_path / "plain", max_steps=2, plot=True)
+    train(data, tmp_path / "plain", max_steps=2, curve=True)
     assert results(tmp_path / "plain") == results(tmp_path / "drawn")
     assert not (tmp_path / "plain" / "curve.png").exists()
 

@@ -194,7 +194,7 @@ def training(folder, **changes):
         data_dir=folder / "data", run_dir=folder / "run", device="cpu", dtype="float32",
         compile="false", n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=N, vocab_used=N,
         total_batch_tokens=256, max_steps=4, warmup_steps=0, lr=0.03,
-        plot="false",
+        curve="false",
         val_tokens=256, eval_every=4, checkpoint_every=4, sample_every=4, hellaswag_every=4,
         hellaswag_data=folder / "val.jsonl",
     ) | changes  # fmt: skip

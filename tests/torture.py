@@ -116,7 +116,7 @@ class Train:
             data_dir=data, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.1, device="cpu",
             dtype="float32", compile="false", total_batch_tokens=128, max_steps=STEPS,
             warmup_steps=3, eval_every=2, val_tokens=96, sample_every=6, checkpoint_every=3,
-            plot="false",
+            curve="false",
         )  # fmt: skip
 
     def command(self, out):

@@ -704,25 +704,39 @@ def report(groups, config):
         raise ValueError(f"{next(iter(groups))} has no finished run yet: nothing to compare with")
     check_runs(groups)
     found, out = results(finished), Path(config.out)
-    files = {
-        "results.md": table(found, config.match, unfinished),
-        "results.json": json.dumps(found, indent=1),
-    }
     out.mkdir(parents=True, exist_ok=True)
-    draw(finished, out / "curves")
-    write(out, files)
-    if config.multiples:
-        losses = score_lengths(finished, config.multiples)
-        files = {"lengths.md": lengths_table(losses), "lengths.json": json.dumps(losses, indent=1)}
-        write(out, files)
+    with one_at_a_time(out):
+        write(out / "results.md", table(found, config.match, unfinished))
+        write(out / "results.json", json.dumps(found, indent=1))
+        draw(finished, out / "curves")
+        if config.multiples:
+            losses = score_lengths(finished, config.multiples)
+            write(out / "lengths.md", lengths_table(losses))
+            write(out / "lengths.json", json.dumps(losses, indent=1))
     print_short(found)
     print(f"written: {out}/results.md, results.json, curves.png, curves.svg")
 
 
-def write(out, files):
-    for name, content in files.items():
-        with write_beside(str(out / name)) as file:
-            file.write(content.encode())
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """Wait until no other process is in here with this folder."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no guard
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write(path, text):
+    with write_beside(str(path)) as file:
+        file.write(text.encode())
 
 
 def print_short(found):

@@ -207,7 +207,7 @@ def runs(tmp_path_factory):
     save_run(folder / "gpt2", tiny(**wide))
     save_run(folder / "llama", tiny(**wide, pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2))
     save_run(folder / "badlog", tiny())
-    (folder / "badlog" / "log.jsonl").write_text("not json")
+    (folder / "badlog" / "log.jsonl").write_text("not json\n")
     save_run(folder / "hollow", tiny(), log=False)
     (folder / "hollow" / "step_000004" / "model.safetensors").unlink()
     for age, name in enumerate(("gpt2", "llama", "badlog", "hollow")):  # the list's order

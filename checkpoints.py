@@ -161,19 +161,28 @@ def find_damage(folder):
     for name in FILES:
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
+    try:
+        for name in FILES:
+            check_sum(folder, name)
+    except ValueError as error:
+        return str(error).partition(";")[0]  # the rest is for who asked for this folder
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read: {error.strerror}"
+    return None
+
+
+def check_sum(folder, name):
+    """ValueError unless a file of a checkpoint matches SHA256SUMS, if there is one."""
     if not (folder / SUMS).is_file():
-        return None
+        return
     lines = (folder / SUMS).read_text(errors="replace").splitlines()
     sums = dict(line.split("  ", 1)[::-1] for line in lines if "  " in line)
-    for name in FILES:
-        try:
-            found = sha256(folder / name)
-        except OSError as error:
-            return f"{folder / name} cannot be read: {error.strerror}"
-        if sums.get(name) != found:
-            size = (folder / name).stat().st_size
-            return f"{folder / name} ({size:,} bytes) does not match its checksum in {SUMS}"
-    return None
+    if sums.get(name) != sha256(folder / name):
+        size = (folder / name).stat().st_size
+        raise ValueError(
+            f"{folder / name} ({size:,} bytes) does not match its checksum in {SUMS}; take another "
+            f"step's folder, or remove {SUMS} to trust it"
+        )
 
 
 def read_state(path):

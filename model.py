@@ -984,7 +984,11 @@ class GPT(nn.Module):
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"{folder}/config.json: {name} is {value!r}, not {kind.__name__}")
         model = cls.empty(GPTConfig(**config["model"]))
-        return model.load_weights(read_safetensors(folder / "model.safetensors"), folder)
+        model.load_weights(read_safetensors(folder / "model.safetensors"), folder)
+        from checkpoints import check_sum
+
+        check_sum(folder, "model.safetensors")  # a flipped bit is a weight like any other
+        return model
 
     @classmethod
     def from_pretrained(cls, name_or_folder):

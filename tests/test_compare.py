@@ -368,3 +368,26 @@ def test_configs_that_see_other_tokens_are_refused_before_anything_runs(sweep, t
     done = command(*argv, tmp_path / "long.toml", "--out", tmp_path / "out", fails=True)
     assert "no fair comparison" in done.stderr and "--block_size" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------- EXPERIMENTS.md
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("experiments/*/results.json")), ids=lambda path: path.parent.name
+)
+def test_experiments_md_says_what_the_results_hold(path):
+    lines = (ROOT / "EXPERIMENTS.md").read_text().splitlines()
+    found = json.loads(path.read_text())
+    for name, row in found["configs"].items():
+        losses = row["val_loss"]["seeds"]
+        shown = f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}"
+        if name != found["first"]:
+            low, high = row["diff"]["ci95"]
+            word = "within noise" if low <= 0 <= high else "better" if high < 0 else "worse"
+            shown += f" | {row['diff']['mean']:+.4f} [{low:+.4f}, {high:+.4f}] | "
+            shown += f"{row['diff']['p']:.2g} | {word}"
+        assert any(line.startswith(f"| {name} |") and shown in line for line in lines), (
+            name,
+            shown,
+        )

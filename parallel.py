@@ -66,8 +66,8 @@ class Ranks:
         return self.total(*values).tolist()
 
     def agree(self, *numbers):
-        """Whether all ranks have the same numbers, of less than 2^50 / ranks each."""
-        return self.sum(*numbers) == [self.world * number for number in numbers]
+        """Whether all ranks have the same whole numbers, below 2^32: their sum is exact in fp64."""
+        return self.world == 1 or self.sum(*numbers) == [self.world * n for n in numbers]
 
     def first_alone(self, call):
         """call() on the first rank, then on the others: what it downloads is then there."""

@@ -644,7 +644,7 @@ def train(trainer):
     run = Path(config.run_dir)
     with checkpoints.sole_user(run, ranks.first):
         start = trainer.resume(run)
-        if not ranks.agree(int(trainer.data_sha256[:12], 16), last):
+        if not ranks.agree(int(trainer.data_sha256[:8], 16), last):
             raise ValueError(f"not all ranks have the same tokens in data_dir {config.data_dir}")
         log = checkpoints.Log(run, start, ranks.first, config.wandb)
         for line in trainer.describe():

@@ -282,7 +282,7 @@ TRAIN, SCORE, INFO = "train_gpt2 c.toml", "hellaswag step --data val.jsonl", "fi
 SAMPLE, TOKENIZE = "sample step --max_new_tokens 2", "fineweb --source text.jsonl --out out"
 NPY, BIN = "data/x_train_000001.npy", "data/x_train_000002.bin"
 WEIGHTS, STATE = "step/model.safetensors", "run/step_000001/train_state.pt"
-WEIGHTS = "run/step_000001/model.safetensors"
+SUMMED = "run/step_000001/model.safetensors"
 SUMS = "run/step_000001/SHA256SUMS"  # a checkpoint without is from before there were any
 RESUME = "train_gpt2 c.toml --run_dir run --max_steps 2"
 PYDOCS = "python fineweb.py --source pydocs --out"
@@ -529,9 +529,9 @@ CASES = {
          ["step/config.json", "n_layer is 1.5"]),
         ("sample run", write("run/latest", "step_000009\n"), ["run", "step_000009"],
          write("run/latest", "step_000001\n")),
-        ("sample run", flip(WEIGHTS), ["checksum", "remove SHA256SUMS"]),
-        ("hellaswag run --data val.jsonl", flip(WEIGHTS), ["checksum"]),
-        ("train_gpt2 c.toml --init_from run", flip(WEIGHTS), ["checksum"]),
+        ("sample run", flip(SUMMED), ["checksum", "remove SHA256SUMS"]),
+        ("hellaswag run --data val.jsonl", flip(SUMMED), ["checksum"]),
+        ("train_gpt2 c.toml --init_from run", flip(SUMMED), ["checksum"]),
         (RESUME, both(remove(SUMS), write("run/step_000001/config.json", "{}")),
          ["run", "another version"]),
         (RESUME, write("run/step_000001/config.json", "{}"), ["config.json", "checksum"]),

@@ -374,8 +374,7 @@ def table(found, match, unfinished):
 
 
 def cells(name, row, is_first):
-    loss, diff, score = row["val_loss"], row["diff"], row["hellaswag"]
-    spread = "" if loss["sd"] is None else f" ± {loss['sd']:.4f}"
+    diff, score = row["diff"], row["hellaswag"]
     change, p = "-", "-"
     if diff["mean"] is not None:
         change = f"{diff['mean']:+.4f}"
@@ -388,11 +387,16 @@ def cells(name, row, is_first):
         name, f"{row['parameters']:,}", f"{row['flops_per_token'] / 1e6:,.1f}",
         f"{row['kv_bytes_per_token']:,}", f"{row['tok_per_s']:,.0f}" if row["tok_per_s"] else "-",
         f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if row["peak_memory_bytes"] else "-",
-        short(row["tokens"]), f"{loss['mean']:.4f}{spread}", change, p,
+        short(row["tokens"]), mean_and_sd(row), change, p,
         "-" if is_first else verdict(diff),
         f"{score['acc_norm']:.4f} ± {score['se']:.4f} (n {score['n']:,})" if score else "-",
         clock(row["wall_s"]), "-" if is_first else after,
     ]  # fmt: skip
+
+
+def mean_and_sd(row):
+    loss = row["val_loss"]
+    return f"{loss['mean']:.4f}" + ("" if loss["sd"] is None else f" ± {loss['sd']:.4f}")
 
 
 # ----------------------------------------------------------------------------- the picture
@@ -559,13 +563,13 @@ def plan(config, flags):
         model, train = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
         if config.match == "params" and matched:
             argv.append(f"--mlp_hidden={match_parameters(path, argv, matched)}")
+            model, train = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
         matched = matched or switches.parameters(model)
         configs[path] = dataclasses.asdict(model) | dataclasses.asdict(train)
         for seed in range(train.seed, train.seed + config.seeds):
             folder = Path(config.out) / "runs" / name_of(path) / f"seed_{seed}"
             own = [*argv, f"--seed={seed}", f"--run_dir={folder}"]
-            model, train = cli.parse(GPTConfig, TrainConfig, argv=own, configs=True)
-            flat = dataclasses.asdict(model) | dataclasses.asdict(train)
+            flat = configs[path] | {"seed": seed, "run_dir": str(folder)}
             jobs.append(Job(name_of(path), folder, own, flat))
     check_fair(configs, (*MUST_AGREE, "seed", "data_dir", "hellaswag_data"))
     return sorted(jobs, key=lambda job: job.config["seed"])
@@ -629,14 +633,15 @@ def sweep(jobs, at_once):
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
                 slots.append(job.slot)
-                if not job.done() and busy(job.folder):
+                run = job.run()
+                if run and run.finished:
+                    loss = run.last("val_loss")
+                    tqdm.write(f"{job.folder}: validation loss {loss:.4f}", file=sys.stdout)
+                elif busy(job.folder):
                     waiting.append(job)  # another process was a moment faster
-                elif not job.done():
+                else:
                     failed.append(f"{job.folder}: {last_line(job.folder / 'output.txt')}")
                     tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
-                else:
-                    loss = job.run().last("val_loss")
-                    tqdm.write(f"{job.folder}: validation loss {loss:.4f}", file=sys.stdout)
             if time.monotonic() - looked > 2:
                 for job in jobs:
                     job.look()
@@ -743,12 +748,11 @@ def print_short(found):
     """The table's main columns, for a terminal."""
     print(f"{'config':<20}{'parameters':>13}{'val loss':>18}{'difference':>12}  verdict")
     for name, row in found["configs"].items():
-        loss, diff = row["val_loss"], row["diff"]
-        spread = "" if loss["sd"] is None else f" ± {loss['sd']:.4f}"
+        diff = row["diff"]
         change = "" if diff["mean"] is None else f"{diff['mean']:+.4f}"
         says = "" if name == found["first"] else verdict(diff)
-        mean = f"{loss['mean']:.4f}{spread}"
-        print(f"{name[:19]:<20}{row['parameters']:>13,}{mean:>18}{change:>12}  {says}")
+        size, loss = row["parameters"], mean_and_sd(row)
+        print(f"{name[:19]:<20}{size:>13,}{loss:>18}{change:>12}  {says}")
 
 
 def parse():

@@ -325,6 +325,19 @@ def test_a_second_push_replaces_the_first(client, tmp_path, monkeypatch, capfd):
     assert torch.equal(loaded(idx)[0], second(idx)[0])
 
 
+def check_pushed(folder, flags, monkeypatch, capsys):
+    """A checkpoint, once pushed, writes by its hub name what it wrote before -> the hub."""
+    call(monkeypatch, folder, *flags)
+    expected = capsys.readouterr().out
+    with serve({}, token=TOKEN) as hub:
+        point_client_at(hub.url, monkeypatch)
+        call(monkeypatch, folder, "--push", "me/m")
+        capsys.readouterr()
+        call(monkeypatch, "me/m", *flags)
+    assert capsys.readouterr().out == expected
+    return hub
+
+
 @pytest.mark.parametrize("fields", [dict(), dict(pos="fire")])
 def test_a_vocabulary_of_its_own_is_pushed_along(fields, client, tmp_path, monkeypatch, capsys):
     tokenizers = pytest.importorskip("tokenizers")
@@ -335,14 +348,7 @@ def test_a_vocabulary_of_its_own_is_pushed_along(fields, client, tmp_path, monke
     write_step(tmp_path / "m", model, eos_token_id=8)
     made.save(str(tmp_path / "m" / "tokenizer.json"))
     flags = ["--prompt", "w5 w6", "--max_new_tokens", "9", "--seed", "3"]
-    call(monkeypatch, tmp_path / "m", *flags)
-    expected = capsys.readouterr().out
-    with serve({}, token=TOKEN) as hub:
-        point_client_at(hub.url, monkeypatch)
-        call(monkeypatch, tmp_path / "m", "--push", "me/m")
-        capsys.readouterr()
-        call(monkeypatch, "me/m", *flags)
-    assert capsys.readouterr().out == expected
+    hub = check_pushed(tmp_path / "m", flags, monkeypatch, capsys)
     assert json.loads(hub.repos["me/m"]["config.json"])["eos_token_id"] == 8
 
 
@@ -351,14 +357,7 @@ def test_a_cut_vocabulary_is_pushed_along(fields, client, tmp_path, monkeypatch,
     """The beginning of GPT-2's vocabulary: a hub name says nothing of it but by tokenizer.json."""
     write_step(tmp_path / "m", random_model(vocab_size=384, vocab_used=300, **fields))
     flags = ["--prompt", "the naïve", "--max_new_tokens", "12", "--seed", "3"]
-    call(monkeypatch, tmp_path / "m", *flags)
-    expected = capsys.readouterr().out
-    with serve({}, token=TOKEN) as hub:
-        point_client_at(hub.url, monkeypatch)
-        call(monkeypatch, tmp_path / "m", "--push", "me/m")
-        capsys.readouterr()
-        call(monkeypatch, "me/m", *flags)
-    assert capsys.readouterr().out == expected
+    hub = check_pushed(tmp_path / "m", flags, monkeypatch, capsys)
     assert json.loads(hub.repos["me/m"]["config.json"])["eos_token_id"] == 299
 
 

@@ -207,15 +207,28 @@ def clip_gradients(model, most):
 
 def step_unless(skip, optimizers):
     """Step the optimizers, unless skip, a bool scalar tensor that is the same on all ranks: then
-    weights and state stay as they are. A fused kernel obeys it without the host's knowing; for
-    another optimizer the host has to wait and look."""
+    weights and state stay as they are. The host never learns which it was, so it need not wait:
+    a fused kernel obeys found_inf, after another one the tensors are put back."""
     for optimizer in optimizers:
         inner = getattr(optimizer, "optim", optimizer)  # what zero1 wraps
         if inner.defaults.get("fused"):
             inner.found_inf = skip.float()
-        elif skip:
+            optimizer.step()
             continue
+        before = [t.clone() for t in held(optimizer)]
         optimizer.step()
+        for now, was in itertools.zip_longest(held(optimizer), before):
+            # state that the first step makes begins at zero
+            now.copy_(torch.where(skip, torch.zeros_like(now) if was is None else was, now))
+
+
+def held(optimizer):
+    """What a step changes on this rank: its parts of the parameters, then, from the first step on,
+    its state; always in this order."""
+    inner = getattr(optimizer, "optim", optimizer)
+    state = (t for values in inner.state.values() for t in values.values() if torch.is_tensor(t))
+    tensors = itertools.chain((p.detach() for p in parameters(optimizer)), state)
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 # ----------------------------------------------------------------------------- the whole state

@@ -346,20 +346,36 @@ class Trainer:
                     f"sequences of a rank's batch; try --micro_batch {fits}"
                 )
             return self.config.micro_batch
+        # far beyond what fills a card; a CPU has no thousands of cores to fill
+        tokens = 2**18 if self.device.type == "cuda" else 8192
+        most = max(1, tokens // self.model_config.block_size)
+        ran_out = self.ranks.sum(self.memory_limit() if self.ranks.first else 0)[0]
+        most = min(most, ran_out or most)
+        sizes = [d for d in reversed(divisors(per_rank)) if d <= most]
         if self.device.type != "cuda":
-            # without thousands of cores to fill, larger gains nothing
-            most = max(1, 8192 // self.model_config.block_size)
-            return max(d for d in divisors(per_rank) if d <= most)
+            return sizes[0]
         if self.config.parallel == "fsdp" and self.ranks.world > 1:
-            raise ValueError(
-                "parallel fsdp needs --micro_batch N: where one rank runs out of memory while "
-                "trying sizes, the others would wait for it; try --micro_batch 1, then more"
-            )
-        most = 2**18 // self.model_config.block_size  # far beyond what fills a card
-        for size in sorted((d for d in divisors(per_rank) if d <= most), reverse=True):
+            # no trying: where one rank ran out of memory, the others would wait for it
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            return next((s for s in sizes if self.expected_bytes(s) < 0.8 * total), 1)
+        for size in sizes:
             if self.ranks.sum(self.fits_cuda(size))[0] == self.ranks.world:
                 return size
         raise ValueError("not even micro_batch 1 fits the card; lower --block_size or the model")
+
+    def memory_limit(self):
+        """The largest micro_batch since a start in this run_dir ran out of memory, else 0."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((Path(self.config.run_dir) / "micro_batch").read_text())
+        return 0
+
+    def expected_bytes(self, size):
+        """Of a rank with `size` sequences in its forward pass, by formula."""
+        c = self.model_config
+        # a block keeps about 16 n_embd numbers a token for the backward pass
+        width = 4 if self.dtype == torch.float32 else 2.5  # norms and residuals stay fp32
+        kept = 16 * c.n_embd * c.n_layer * width * size * c.block_size
+        return parallel.bytes_held(c, self.config.parallel, self.ranks.world) + kept
 
     def fits_cuda(self, size):
         try:
@@ -426,11 +442,13 @@ class Trainer:
     def gradients(self, step):
         """Forward and backward passes over this rank's part of batch `step` -> its mean loss, ().
 
-        When memory runs out and micro_batch is ours to choose, again with a smaller one."""
+        When one process runs out of memory and may choose micro_batch, again with a smaller one."""
         while True:
             try:
                 return self.accumulate(step)
             except torch.OutOfMemoryError:
+                if self.ranks.world > 1:  # the others already wait in a sum over the ranks
+                    raise
                 smaller = self.smaller_micro_batch()
             # only here, where no traceback holds on to them any more, can the tensors go
             self.model.zero_grad()
@@ -449,9 +467,20 @@ class Trainer:
                 "out of memory even with micro_batch 1; lower --block_size or the model's size"
             )
         smaller = max(d for d in divisors(self.micro_steps * size) if d <= size // 2)
-        if self.config.micro_batch or self.ranks.world > 1:  # the others are past this point
+        if self.config.micro_batch:
             raise ValueError(f"out of memory with micro_batch {size}; try --micro_batch {smaller}")
         return smaller
+
+    def start_smaller(self):
+        """End this process, so that the next start in this run_dir takes a smaller micro-batch."""
+        size, smaller = self.micro_batch, self.smaller_micro_batch()
+        run = Path(self.config.run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "micro_batch").write_text(f"{smaller}\n")
+        raise ValueError(
+            f"out of memory with micro_batch {size}: the same command goes on with {smaller}, "
+            f"under torchrun --max-restarts=3 by itself"
+        )
 
     def accumulate(self, step):
         # dropout too is a function of seed and step, so that a resumed run draws the same
@@ -573,11 +602,7 @@ class Trainer:
         """What this run is, in a few lines: sizes, cost, memory and the expected time."""
         c, ranks, T = self.config, self.ranks, self.model_config.block_size
         flops, params = self.model.flops_per_token(), self.model.num_params()
-        # a block keeps about 16 n_embd numbers a token for the backward pass
-        width = 4 if self.dtype == torch.float32 else 2.5  # norms and residuals stay fp32
-        kept = 16 * self.model_config.n_embd * self.model_config.n_layer * width
-        memory = parallel.bytes_held(self.model_config, c.parallel, ranks.world)
-        memory += kept * self.micro_batch * T
+        memory = self.expected_bytes(self.micro_batch)
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         return [
             f"parameters {params:,}  training FLOPs per token {flops:,}",
@@ -815,9 +840,8 @@ def main():
                 print(f"expected time {clock(seconds)} at a measured {rate:,.0f} tokens/s")
         else:
             train(trainer)
-    except torch.OutOfMemoryError:  # not in a step: those see to it themselves
-        size = trainer.micro_batch
-        raise ValueError(f"out of memory with micro_batch {size}; give a smaller one") from None
+    except torch.OutOfMemoryError:
+        trainer.start_smaller()
     finally:
         trainer.ranks.close()
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # where this file is the 
 import test_train as tt
 
 import checkpoints
+import cli
 import parallel
 
 ROOT = Path(__file__).parent.parent
@@ -355,7 +356,7 @@ def test_a_bad_step_leaves_weights_and_optimizer_as_they_are(data, tmp_path, kin
 
 def check_a_bad_step_of_one_rank(data):
     """Under torchrun: one rank's loss is NaN, and no rank's weights or moments change."""
-    modes = ("ddp", "adamw"), ("zero1", "adamw"), ("fsdp", "adamw"), ("fsdp", "muon")
+    modes = [(mode, how) for mode in ("ddp", "zero1", "fsdp") for how in ("adamw", "muon")]
     for mode, optimizer in modes:
         made = tt.trainer(data, "nowhere", **FEW, parallel=mode, optimizer=optimizer)
 
@@ -417,14 +418,11 @@ def test_the_losses_before_outlive_a_resume(copy):
 
 
 def limit_memory(made, most):
-    real = made.forward
-
-    def forward(x, y):
-        if len(x) > most:
+    def check(module, inputs):
+        if len(inputs[0]) > most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(x, y)
 
-    made.forward = forward
+    made.forward.register_forward_pre_hook(check)
 
 
 def test_out_of_memory_lowers_a_micro_batch_of_its_own_choice(whole, data, tmp_path, capsys):
@@ -437,6 +435,43 @@ def test_out_of_memory_lowers_a_micro_batch_of_its_own_choice(whole, data, tmp_p
     assert "8 -> 4" in out and "4 -> 2" in out
     losses = [made.step(step)[0].item() for step in range(1, 6)]
     assert losses == pytest.approx(tt.column(whole, "train_loss")[1:], abs=1e-5)
+
+
+def run_out_of_memory(flags):
+    """Under torchrun, as one of its ranks: the last rank's memory holds 3 sequences."""
+
+    class Limited(tt.t.Trainer):
+        def __init__(self, *configs):
+            super().__init__(*configs)
+            if self.ranks.rank == 1:
+                limit_memory(self, 3)
+
+    tt.t.Trainer, sys.argv = Limited, ["train_gpt2.py", *flags]
+    cli.run(tt.t.main)
+
+
+@pytest.mark.parametrize("restarts, eval_every", [(0, 0), (1, 3)])  # in a step, in validation
+def test_out_of_memory_on_one_of_two_ranks_goes_on_with_less(
+    whole, data, tmp_path, restarts, eval_every
+):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line += [f"--max-restarts={restarts}", __file__]
+    line += tt.arguments(data, tmp_path, **FEW | {"eval_every": eval_every})
+
+    def start():
+        # torchrun's own store still has the addresses of the workers before a restart
+        own = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return subprocess.run(line, capture_output=True, text=True, timeout=200, env=own)
+
+    done = start()
+    assert "error: out of memory with micro_batch 4: the same command goes on with 2" in done.stderr
+    if not restarts:
+        assert done.returncode != 0
+        done = start()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 sequences x 16 x 2 micro-steps x 2 ranks" in done.stdout
+    ours, theirs = tt.column(tmp_path, "train_loss"), tt.column(whole, "train_loss")
+    assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 @pytest.mark.parametrize("size, words", [(8, "try --micro_batch 4"), (1, "lower --block_size")])
@@ -458,4 +493,7 @@ def test_a_few_kills_at_random_moments_lose_nothing():
 
 
 if __name__ == "__main__":
-    check_a_bad_step_of_one_rank(sys.argv[1])
+    if len(sys.argv) > 2:
+        run_out_of_memory(sys.argv[1:])
+    else:
+        check_a_bad_step_of_one_rank(sys.argv[1])

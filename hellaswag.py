@@ -284,40 +284,61 @@ def score_rows(model, rows, batch_tokens=0, progress=""):
 
 
 def score_batch(model, batch, device):
-    """Rows whose contexts are of one length -> a list of their losses. A context runs through the
-    model once, its keys and values then serve all its endings: half the work of whole rows."""
-    contexts = list(dict.fromkeys(row.context for row in batch))
-    owner = torch.tensor([contexts.index(row.context) for row in batch], device=device)  # (R,)
-    longest = max(row.scored for row in batch)
+    """Rows whose contexts are of about one length -> a list of their losses. What all of them have
+    of their contexts runs through the model once, its keys and values then serve all endings:
+    half the work of whole rows."""
+    shared = min(len(row.context) for row in batch)
+    starts = {row.context[:shared]: None for row in batch}  # in order, each once
+    numbers = {start: i for i, start in enumerate(starts)}
+    owner = torch.tensor([numbers[row.context[:shared]] for row in batch], device=device)  # (R,)
+    longest = max(len(row.ids) for row in batch) - shared
     # padding on the right: no token sees it, for attention is causal
-    endings = [row.ending + (-1,) * (longest - row.scored) for row in batch]
-    idx, targets = torch.tensor(contexts, device=device), torch.tensor(endings, device=device)
-    cache = KVCache(model.config, idx.size(1) + longest - 1)
+    rests = [row.ids[shared:] + (0,) * (shared + longest - len(row.ids)) for row in batch]
+    targets = torch.full((len(batch), longest), -1)
+    for row, target in zip(batch, targets, strict=True):
+        begin = len(row.context) - shared
+        target[begin : begin + row.scored] = torch.tensor(row.ending)
+    idx, targets = torch.tensor(list(starts), device=device), targets.to(device)
+    cache = KVCache(model.config, shared + longest - 1)
     x = model.features(idx, cache)[owner, -1:]  # (R, 1, C) foretells the first token
     if longest > 1:
         cache.pick(owner)
-        x = torch.cat((x, model.features(targets[:, :-1].clamp(min=0), cache)), dim=1)
+        rests = torch.tensor(rests, device=device)[:, :-1]
+        x = torch.cat((x, model.features(rests, cache)), dim=1)
     return model.token_losses(x, targets).sum(1).tolist()
 
 
+ALIKE = 8  # contexts in a batch differ by less than so many tokens, which every ending repeats
+
+
 def batches(rows, batch_tokens):
-    """Yield lists of rows with contexts of one length, which together fill at most batch_tokens
-    positions (or are the endings of one context), the longest first so that memory peaks at
-    once. The order depends on the rows alone, not on the order in which they came."""
+    """Yield lists of rows that score_batch can score in at most batch_tokens positions (or that
+    are the endings of one context), the longest contexts first so that memory peaks at once. The
+    order depends on the rows alone, not on the order in which they came."""
     groups = {}
     for row in sorted(rows):
         groups.setdefault(row.context, []).append(row)
-    batch, contexts, longest, length = [], 0, 0, None
-    for context in sorted(groups, key=lambda context: (len(context), context), reverse=True):
-        group = groups[context]
-        widest = max(longest, *(row.scored for row in group))
-        size = (contexts + 1) * len(context) + (len(batch) + len(group)) * widest
-        if batch and (len(context) != length or size > batch_tokens):
+
+    def size(context):
+        return len(context) // ALIKE, max(row.scored for row in groups[context]), context
+
+    batch, contexts = [], []
+    for context in sorted(groups, key=size, reverse=True):
+        alike = batch and len(context) // ALIKE == len(contexts[0]) // ALIKE
+        if batch and not (
+            alike and positions(batch + groups[context], len(contexts) + 1) <= batch_tokens
+        ):
             yield batch
-            batch, contexts, widest = [], 0, max(row.scored for row in group)
-        batch, contexts, longest, length = batch + group, contexts + 1, widest, len(context)
+            batch, contexts = [], []
+        batch, contexts = batch + groups[context], [*contexts, context]
     if batch:
         yield batch
+
+
+def positions(rows, contexts):
+    """Positions of rows with so many different contexts in score_batch, padding included."""
+    shared = min(len(row.context) for row in rows)
+    return contexts * shared + len(rows) * (max(len(row.ids) for row in rows) - shared)
 
 
 def count_hits(predictions, examples):

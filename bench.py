@@ -432,12 +432,13 @@ def we_score(config):
     model = our_gpt(config).to(device).eval()
     items = hellaswag.load_items(config.data, config.items)
 
-    def predictions():
+    def predictions(dtype=torch.float32):
         examples = hellaswag.tokenize_items(items, "completion")
-        with autocast(device, pick_dtype(config.dtype, device)):
+        with autocast(device, dtype):
             return hellaswag.predict(model, examples)[:, 1].tolist()
 
-    return once_then(predictions, lambda: len(predictions()))
+    # the sides must agree in fp32: random weights make near ties, which bf16 rounds at will
+    return once_then(predictions, lambda: len(predictions(pick_dtype(config.dtype, device))))
 
 
 def peer_scores(config):
@@ -447,17 +448,17 @@ def peer_scores(config):
     device = pick_device(config.device)
     items = hellaswag.load_items(config.data, config.items)
 
-    def predictions():
+    def predictions(dtype=torch.float32):
         found = []
         for item in items:
             _, tokens, mask, _ = render(item)
             tokens, mask = tokens.to(device), mask.to(device)
-            with torch.no_grad(), autocast(device, pick_dtype(config.dtype, device)):
+            with torch.no_grad(), autocast(device, dtype):
                 logits, _ = model(tokens)
                 found.append(code.get_most_likely_row(tokens, mask, logits))
         return found
 
-    return once_then(predictions, lambda: len(predictions()))
+    return once_then(predictions, lambda: len(predictions(pick_dtype(config.dtype, device))))
 
 
 # ----------------------------------------------------------------------------- fineweb

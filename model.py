@@ -88,6 +88,11 @@ class GPTConfig:
     """logits become cap * tanh(logits / cap); 0 = as they are"""
     zero_init: bool = False
     """residual projections start at zero, so that every block starts as the identity"""
+    embd_residual: bool = False
+    """every block reads the embeddings too, times a learned number that starts at 0"""
+    unet: bool = False
+    """blocks of the second half read the output of their mirror image in the first half too,
+    times a learned number that starts at 0"""
     document_mask: bool = False
     """attention does not cross the end-of-text token, id vocab_used - 1"""
     attention_kernel: "Literal[tuple(KERNELS)]" = "auto"
@@ -140,6 +145,8 @@ class GPTConfig:
             raise ValueError(f"linformer has no {self.attention_kernel} kernel; use auto")
         if self.attention_kernel == "flex" and self.dropout:
             raise ValueError(f"flex attention has no dropout: set dropout {self.dropout} to 0")
+        if self.unet and self.n_layer == 1:
+            raise ValueError("unet needs n_layer 2 or more: a lone block has no mirror image")
         if self.window_pattern.strip("SL"):
             raise ValueError(f"window_pattern '{self.window_pattern}' may hold only S and L")
         if self.window_pattern and not self.window:
@@ -694,14 +701,35 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
 
 
+class Skips(nn.Module):
+    """What a block reads beside the block before it: x + a x0 with the embeddings x0, and in a
+    U-net x + b h with the output h of its mirror image (both as in modded-nanoGPT, Jordan et al.
+    2024). Its numbers start at 0, so that a model with skips starts as the one without."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.first = config.n_layer - config.n_layer // 2 if config.unet else config.n_layer
+        self.embedding = nn.Parameter(torch.zeros(config.n_layer)) if config.embd_residual else None
+        self.mirror = nn.Parameter(torch.zeros(config.n_layer // 2)) if config.unet else None
+
+    def forward(self, x, i, x0, halves):
+        """The input of block i: x (B, T, C) is the output of the block before, x0 what the first
+        block read, halves those outputs of the first half that are not yet read again."""
+        if self.embedding is not None:
+            x = x + self.embedding[i] * x0
+        if i >= self.first:
+            x = x + self.mirror[i - self.first] * halves.pop()
+        return x
+
+
 # ----------------------------------------------------------------------------- the loss
 
 
-def loss_chunks(n):
-    """Slices over n rows of logits: few enough to unroll, and small enough (1,024 rows of GPT-2's
-    vocabulary are 100 MB in bf16) that the logits never matter for memory."""
-    size = max(1024, math.ceil(n / 16))
-    return [slice(i, i + size) for i in range(0, n, size)]
+def loss_chunks(x, w):
+    """Slices over the rows of x, (N, C), whose logits x @ w.T together fill 256 MiB: large products
+    are faster, and so much never matters for memory. At most 16 of them, which unroll."""
+    size = max(2**28 // (len(w) * x.element_size()), math.ceil(len(x) / 16), 1)
+    return [slice(i, i + size) for i in range(0, len(x), size)]
 
 
 class MeanCrossEntropy(torch.autograd.Function):
@@ -719,7 +747,7 @@ class MeanCrossEntropy(torch.autograd.Function):
         count = (targets >= 0).sum().clamp(min=1)
         loss = x.new_zeros((), dtype=torch.float32)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)
-        for rows in loss_chunks(len(x)):
+        for rows in loss_chunks(x, w):
             logits = softcap(x[rows] @ wT, cap)  # (chunk, V)
             loss = loss + into_gradient(logits, targets[rows], cap)
             dx[rows] = logits @ w
@@ -734,7 +762,8 @@ class MeanCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
-        return dx * scale, dw * scale, None, None
+        # in place: a second backward pass would be an error, as torch itself finds out
+        return dx.mul_(scale), dw.mul_(scale), None, None
 
 
 def into_gradient(logits, targets, cap):
@@ -768,9 +797,12 @@ def cross_entropies(x, weight, targets, cap):
     """Cross entropy of every row, (N, C), (V, C), (N,) -> (N,) fp32, 0 where target is -1; for
     evaluation: no logits outlive their chunk."""
     w, losses = weight.to(x.dtype), [x.new_zeros(0, dtype=torch.float32)]
-    for rows in loss_chunks(len(x)):
-        logits = softcap(x[rows] @ w.T, cap).float()  # (chunk, V)
-        losses.append(F.cross_entropy(logits, targets[rows], ignore_index=-1, reduction="none"))
+    for rows in loss_chunks(x, w):
+        logits, chunk = softcap(x[rows] @ w.T, cap), targets[rows]  # (chunk, V), (chunk,)
+        losses += [
+            F.cross_entropy(logits[b].float(), chunk[b], ignore_index=-1, reduction="none")
+            for b in cache_blocks(logits)
+        ]
     return torch.cat(losses)
 
 
@@ -796,6 +828,7 @@ class GPT(nn.Module):
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=POSITIONS[config.pos](config),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                skips=Skips(config),
                 ln_f=NORMS[config.norm](config),
             )
         )
@@ -858,8 +891,12 @@ class GPT(nn.Module):
         rotation = wpe.rotation(pos)
 
         masks, windows = self.masks(pos, idx, cache), self.config.windows
+        x0, halves, skips = x, [], self.transformer.skips
         for i, block in enumerate(self.transformer.h):
+            x = skips(x, i, x0, halves)
             x = block(x, rotation, masks[windows[i]], cache.layers[i] if cache else None)
+            if i < len(windows) - skips.first:  # a later block is its mirror image
+                halves.append(x)
         return self.transformer.ln_f(x)
 
     def masks(self, pos, idx, cache):

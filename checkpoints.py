@@ -29,11 +29,13 @@ import statistics
 import subprocess
 import sys
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from fineweb import write_beside
+from model import GPTConfig
 
 FILES = ("model.safetensors", "train_state.pt", "config.json")
 SUMS = "SHA256SUMS"
@@ -203,7 +205,8 @@ def check_same(run, saved, now):
     lacks = {"model", "train", "step", "data_tokens"} - saved.keys()
     if lacks:
         raise ValueError(f"{run} is of another version: it lacks {', '.join(sorted(lacks))}")
-    then = saved["model"] | saved["train"] | saved
+    # a switch that is newer than the run was off in it
+    then = asdict(GPTConfig()) | saved["model"] | saved["train"] | saved
     if "data_sha256" not in then:  # from before it was kept
         then["data_sha256"] = now["data_sha256"]
     for name, value in now.items():

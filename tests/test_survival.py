@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -407,6 +408,16 @@ def test_spikes_have_the_z_score_of_the_losses_before(tmp_path):
     assert checkpoints.spike(99.0, losses[:19]) is None
     assert checkpoints.spike(math.nan, losses) is None
     assert statistics.stdev([3.0] * 50) == 0 and checkpoints.spike(9.0, [3.0] * 50) is None
+
+
+def test_a_run_from_before_a_switch_existed_had_it_off(copy, data):
+    made = tt.trainer(data, copy, **FEW)
+    saved = json.loads((copy / "step_000006" / "config.json").read_text())
+    now = asdict(made.model_config)
+    del saved["model"]["unet"]
+    checkpoints.check_same(copy, saved, now)
+    with pytest.raises(ValueError, match="unet False, this one has True"):
+        checkpoints.check_same(copy, saved, now | {"unet": True})
 
 
 def test_the_losses_before_outlive_a_resume(copy):

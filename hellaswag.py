@@ -32,7 +32,7 @@ import cli
 from fineweb import EOT, N_VOCAB, get_tokenizer, trained_vocabulary, write_beside
 from hf import vocabulary_of
 from hub import hub_download
-from model import GPT, KVCache, autocast, pick_device, pick_dtype
+from model import GPT, KVCache, autocast, keep_few_kernels, pick_device, pick_dtype
 
 DATASET, DATA_FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
 DATA_FOLDER = "data/hellaswag"
@@ -354,6 +354,7 @@ def summarize(hits, n):
 
 
 def main():
+    keep_few_kernels()
     config = cli.parse(Config)
     if config.out:
         os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)

@@ -725,10 +725,14 @@ class Skips(nn.Module):
 # ----------------------------------------------------------------------------- the loss
 
 
+CHUNK_BYTES = 2**28  # of logits: large products are faster, and so much hardly matters for memory
+
+
 def loss_chunks(x, w):
-    """Slices over the rows of x, (N, C), whose logits x @ w.T together fill 256 MiB: large products
-    are faster, and so much never matters for memory. At most 16 of them, which unroll."""
-    size = max(2**28 // (len(w) * x.element_size()), math.ceil(len(x) / 16), 1)
+    """Slices over the rows of x, (N, C), whose logits x @ w.T fill CHUNK_BYTES each: at most 16 of
+    them, which unroll, and of 4,096 rows unless they must be larger, for fp16 to hold their sum."""
+    rows = min(4096, max(1, CHUNK_BYTES // (len(w) * x.element_size())))
+    size = max(rows, math.ceil(len(x) / 16))
     return [slice(i, i + size) for i in range(0, len(x), size)]
 
 
@@ -773,7 +777,7 @@ def into_gradient(logits, targets, cap):
     for rows in cache_blocks(logits):
         keep = (targets[rows] >= 0)[:, None]
         target = targets[rows].clamp(min=0)[:, None]
-        logp = logits[rows].float().log_softmax(-1)
+        logp = logits[rows].log_softmax(-1, dtype=torch.float32)
         loss = loss - (logp.gather(1, target) * keep).sum()
         # softmax - one-hot; the division by their count waits for the backward pass, where it
         # meets the loss scale, so that fp16 does not underflow
@@ -1165,6 +1169,12 @@ def pick_dtype(name, device):
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16  # without AMX bf16 is several times slower than fp32
     return torch.float32
+
+
+def keep_few_kernels():
+    """Tell oneDNN, before its first product, to keep few of the kernels that it makes for every new
+    shape on a CPU: evaluation meets hundreds of shapes, and each kernel holds megabytes."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def autocast(device, dtype):

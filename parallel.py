@@ -75,8 +75,12 @@ class Ranks:
         self.sum(0)
         return result if self.first else call()
 
-    def close(self):
-        if self.distributed:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        # one that failed leaves at once: the others may wait in a sum, and never say goodbye
+        if self.distributed and kind in (None, SystemExit):
             # gloo's threads need the interpreter to let go of the last tensors, and torch waits
             # for them without giving it up: let them finish first
             time.sleep(0.2)
@@ -208,7 +212,8 @@ def clip_gradients(model, most):
 def step_unless(skip, optimizers):
     """Step the optimizers, unless skip, a bool scalar tensor that is the same on all ranks: then
     weights and state stay as they are. The host never learns which it was, so it need not wait:
-    a fused kernel obeys found_inf, after another one the tensors are put back."""
+    a fused kernel obeys found_inf, after another one the tensors are put back (on mps that waits,
+    for its step counts are on the CPU)."""
     for optimizer in optimizers:
         inner = getattr(optimizer, "optim", optimizer)  # what zero1 wraps
         if inner.defaults.get("fused"):

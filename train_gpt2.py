@@ -28,7 +28,15 @@ import cli
 import hellaswag
 import parallel
 from fineweb import N_VOCAB, check_ids, get_tokenizer, load_shards, match_vocabulary
-from model import GPT, GPTConfig, autocast, pick_dtype, read_json, read_safetensors
+from model import (
+    GPT,
+    GPTConfig,
+    autocast,
+    keep_few_kernels,
+    pick_dtype,
+    read_json,
+    read_safetensors,
+)
 
 PEAK_FLOPS = {  # dense bf16 tensor-core peak, from the makers' data sheets
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12,
@@ -278,6 +286,7 @@ class Trainer:
         self.dtype = pick_dtype(config.dtype, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
+            keep_few_kernels()
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # fp32 products in TF32
         torch.manual_seed(config.seed)
@@ -349,15 +358,13 @@ class Trainer:
         # far beyond what fills a card; a CPU has no thousands of cores to fill
         tokens = 2**18 if self.device.type == "cuda" else 8192
         most = max(1, tokens // self.model_config.block_size)
-        ran_out = self.ranks.sum(self.memory_limit() if self.ranks.first else 0)[0]
+        ran_out = int(self.ranks.sum(self.memory_limit() if self.ranks.first else 0)[0])
+        if ran_out and self.ranks.first:
+            print(f"micro_batch at most {ran_out}, for memory ran out: {self.memory_limit_file}")
         most = min(most, ran_out or most)
         sizes = [d for d in reversed(divisors(per_rank)) if d <= most]
         if self.device.type != "cuda":
             return sizes[0]
-        if self.config.parallel == "fsdp" and self.ranks.world > 1:
-            # no trying: where one rank ran out of memory, the others would wait for it
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            return next((s for s in sizes if self.expected_bytes(s) < 0.8 * total), 1)
         for size in sizes:
             if self.ranks.sum(self.fits_cuda(size))[0] == self.ranks.world:
                 return size
@@ -366,8 +373,12 @@ class Trainer:
     def memory_limit(self):
         """The largest micro_batch since a start in this run_dir ran out of memory, else 0."""
         with contextlib.suppress(OSError, ValueError):
-            return int((Path(self.config.run_dir) / "micro_batch").read_text())
+            return int(self.memory_limit_file.read_text())
         return 0
+
+    @property
+    def memory_limit_file(self):
+        return Path(self.config.run_dir) / "micro_batch"
 
     def expected_bytes(self, size):
         """Of a rank with `size` sequences in its forward pass, by formula."""
@@ -378,13 +389,16 @@ class Trainer:
         return parallel.bytes_held(c, self.config.parallel, self.ranks.world) + kept
 
     def fits_cuda(self, size):
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        if self.config.parallel == "fsdp" and self.ranks.world > 1:
+            # no trying: where one rank ran out of memory, the others would wait for it
+            return size == 1 or self.expected_bytes(size) < 0.8 * total
         try:
             left = self.memory_left(size)
         except torch.OutOfMemoryError:
             left = 0
         self.model.zero_grad()
         torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(self.device).total_memory
         return left > 0.05 * total  # room for fragments and for the compiler's choices
 
     def memory_left(self, size):
@@ -447,7 +461,7 @@ class Trainer:
             try:
                 return self.accumulate(step)
             except torch.OutOfMemoryError:
-                if self.ranks.world > 1:  # the others already wait in a sum over the ranks
+                if self.ranks.distributed:  # the others, or DDP itself, already wait for a sum
                     raise
                 smaller = self.smaller_micro_batch()
             # only here, where no traceback holds on to them any more, can the tensors go
@@ -474,9 +488,9 @@ class Trainer:
     def start_smaller(self):
         """End this process, so that the next start in this run_dir takes a smaller micro-batch."""
         size, smaller = self.micro_batch, self.smaller_micro_batch()
-        run = Path(self.config.run_dir)
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "micro_batch").write_text(f"{smaller}\n")
+        if self.config.dry_run:
+            raise ValueError(f"out of memory with micro_batch {size}; try --micro_batch {smaller}")
+        self.memory_limit_file.write_text(f"{smaller}\n")
         raise ValueError(
             f"out of memory with micro_batch {size}: the same command goes on with {smaller}, "
             f"under torchrun --max-restarts=3 by itself"
@@ -533,8 +547,10 @@ class Trainer:
     def hellaswag(self, examples):
         """HellaSwag by the completion protocol -> {"n", "acc", "acc_norm", "se"}."""
         with self.evaluation():
-            ranks, vocab = self.ranks, self.train.vocab
-            return hellaswag.evaluate(self.model, examples, 0, ranks.rank, ranks.world, vocab)
+            ranks, vocab, tokens = self.ranks, self.train.vocab, 0
+            if self.device.type == "cuda":  # what fits a training step fits here
+                tokens = min(32768, self.micro_batch * self.model_config.block_size)
+            return hellaswag.evaluate(self.model, examples, tokens, ranks.rank, ranks.world, vocab)
 
     def sample(self, tokens=32, rows=2):
         """A few continuations of a fixed prompt -> list of texts."""
@@ -832,18 +848,17 @@ def main():
     model_config, config = cli.parse(GPTConfig, TrainConfig, configs=True, description=__doc__)
     trainer = Trainer(model_config, config)
     try:
-        if config.dry_run:
+        with trainer.ranks:
+            if not config.dry_run:
+                train(trainer)
+                return
             rate = trainer.measure_rate()
             seconds = trainer.max_steps * config.total_batch_tokens / rate
             if trainer.ranks.first:
                 print("\n".join(trainer.describe()))
                 print(f"expected time {clock(seconds)} at a measured {rate:,.0f} tokens/s")
-        else:
-            train(trainer)
     except torch.OutOfMemoryError:
         trainer.start_smaller()
-    finally:
-        trainer.ranks.close()
 
 
 if __name__ == "__main__":

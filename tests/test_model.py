@@ -502,8 +502,11 @@ def reference_loss(model, idx, targets):
         ({}, 11, 100),
     ],
 )
-def test_loss_and_gradients_are_those_of_cross_entropy(changes, B, T):
+def test_loss_and_gradients_are_those_of_cross_entropy(changes, B, T, monkeypatch):
     model = build(tiny(block_size=100, **changes))
+    monkeypatch.setattr(m, "CHUNK_BYTES", 400 * 4 * model.config.vocab_size)
+    chunks = m.loss_chunks(torch.empty(B * T, 1), model.lm_head.weight)
+    assert len(chunks) == (3 if B * T > 400 else 1)
     idx, targets = tokens(model.config, B, T), tokens(model.config, B, T, seed=2)
     targets[0, ::3] = -1
     want = reference_loss(model, idx, targets)
@@ -893,9 +896,10 @@ def test_compiled_code_computes_the_same(pos, changes):
 
 
 @pytest.mark.slow
-def test_compiled_loss_of_several_chunks_and_compiled_logits():
+def test_compiled_loss_of_several_chunks_and_compiled_logits(monkeypatch):
     cpp_compiler()
     config = tiny(block_size=100, pos="rope")
+    monkeypatch.setattr(m, "CHUNK_BYTES", 400 * 4 * config.vocab_size)  # 3 chunks
     assert_compiled_equals_eager(config, B=11, T=100)
     model, idx = build(config), tokens(config, 2, 9)
     logits = torch.compile(model, fullgraph=True)(idx)[0]

@@ -451,5 +451,5 @@ def test_every_mode_trains_on_cuda_as_one_process(folder, mode, optimizer):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    do(json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[1]))
-    parallel.Ranks("cpu").close()
+    with parallel.Ranks("cpu"):
+        do(json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[1]))

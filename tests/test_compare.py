@@ -245,7 +245,8 @@ def sweep(tmp_path_factory):
         folder / "gpt2.toml", folder / "rope_gqa.toml", "--base", folder / "base.toml",
         "--seeds", 2, "--out", folder / "out", "--match", "params", "--jobs", 2,
         "--data_dir", folder / "data",
-        "--device", "cpu", "--total_batch_tokens", 64, "--max_steps", 6, "--warmup_steps", 2,
+        "--device", "cpu", "--dtype", "float32",
+        "--total_batch_tokens", 64, "--max_steps", 6, "--warmup_steps", 2,
         "--eval_every", 2, "--val_tokens", 64, "--sample_every", 0, "--checkpoint_every", 2,
         "--curve", "false",
     ]  # fmt: skip

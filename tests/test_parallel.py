@@ -370,13 +370,17 @@ def test_a_run_folder_that_the_ranks_do_not_share_is_refused(folder, tmp_path, m
         t.train(made)
 
 
-def test_fsdp_on_cuda_asks_for_a_micro_batch():
-    made = SimpleNamespace(
-        config=t.TrainConfig(parallel="fsdp"), model_config=GPTConfig(), batch_windows=8,
-        ranks=SimpleNamespace(world=2), device=torch.device("cuda"),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="--micro_batch 1"):
-        t.Trainer.find_micro_batch(made)
+@pytest.mark.parametrize("gigabytes, size", [(1000, 32), (8, 8), (1, 1)])
+def test_fsdp_on_cuda_takes_what_fits_by_formula(monkeypatch, gigabytes, size):
+    """124M on 2 ranks: 1 GB of state each, 0.5 GB gathered, 0.4 GB of activations a sequence."""
+    made = t.Trainer.__new__(t.Trainer)
+    made.config, made.model_config = t.TrainConfig(parallel="fsdp", run_dir="nowhere"), GPTConfig()
+    made.batch_windows, made.device, made.dtype = 64, torch.device("cuda"), torch.bfloat16
+    both = lambda *values: [2 * float(value) for value in values]  # noqa: E731
+    made.ranks = SimpleNamespace(world=2, first=True, sum=both)
+    card = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert made.find_micro_batch() == size
 
 
 # ----------------------------------------------------------------------------- the formulas

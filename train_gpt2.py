@@ -488,7 +488,7 @@ class Trainer:
     def start_smaller(self):
         """End this process, so that the next start in this run_dir takes a smaller micro-batch."""
         size, smaller = self.micro_batch, self.smaller_micro_batch()
-        if self.config.dry_run:
+        if self.config.dry_run or self.config.resume == "never":
             raise ValueError(f"out of memory with micro_batch {size}; try --micro_batch {smaller}")
         self.memory_limit_file.write_text(f"{smaller}\n")
         raise ValueError(

@@ -67,6 +67,44 @@ def test_an_experiment_is_the_tiny_model_with_few_switches_changed(path):
     assert size == pytest.approx(reference, rel=0.1)
 
 
+SPEEDRUNS = {"speedrun_1m": "tiny_1m", "speedrun_16m": "tiny_16m", "speedrun_124m": "gpt2_124m"}
+
+
+@pytest.mark.parametrize("name, baseline", SPEEDRUNS.items())
+def test_a_speedrun_has_its_baselines_size_and_the_recipe_of_all(name, baseline):
+    ours, plain = parse(CONFIGS / f"{name}.toml")[0], parse(CONFIGS / f"{baseline}.toml")[0]
+    for key in ("n_layer", "n_embd", "block_size", "vocab_size", "vocab_used"):
+        assert getattr(ours, key) == getattr(plain, key)
+    if name == "speedrun_124m":  # at 1M the position table is 2.4%
+        assert parameters(name) == pytest.approx(parameters(baseline), rel=0.01)
+    tables = [tomllib.loads((CONFIGS / f"{n}.toml").read_text()) for n in (name, "speedrun_16m")]
+    own = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_used", "run_dir"}
+    own |= {"total_batch_tokens", "max_steps", "warmup_steps", "val_tokens", "lr", "muon_lr"}
+    own |= {"eval_every", "sample_every", "hellaswag_every"}
+    own |= {"checkpoint_every", "keep_checkpoints"}
+    recipes = [{k: v for k, v in table.items() if k not in own} for table in tables]
+    assert recipes[0] == recipes[1] and recipes[0]["optimizer"] == "muon"
+    for rate in ("lr", "muon_lr"):  # as SPEEDRUN.md says: they fall with the root of the width
+        scaled = tables[1][rate] * (256 / ours.n_embd) ** 0.5
+        assert tables[0][rate] == pytest.approx(scaled, rel=0.03)  # two digits
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("speedrun/*.toml")), ids=lambda p: p.stem)
+def test_an_ablation_adds_or_drops_one_ingredient_of_the_recipe(path):
+    kind, ingredient = path.stem.split("_", 1)
+    table = tomllib.loads(path.read_text())
+    full, plain = (
+        asdict(model) | asdict(train)
+        for model, train in (parse(CONFIGS / f"{n}.toml") for n in ("speedrun_1m", "tiny_1m"))
+    )
+    here, there = (full, plain) if kind == "add" else (plain, full)
+    for name, value in table.items():
+        assert value == here[name] and value != there[name]
+    other = path.with_stem(f"{'drop' if kind == 'add' else 'add'}_{ingredient}")
+    twin = tomllib.loads(other.read_text())
+    assert table.keys() - twin.keys() <= {"muon_lr", "cooldown_frac"}  # idle without their switch
+
+
 def test_tiny_1m_has_the_size_it_is_named_for():
     V, T, C, L = 4096, 256, 128, 4
     assert parameters("tiny_1m") == V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C == 1_350_400

@@ -161,8 +161,7 @@ def misfits(config, layout):
     plain = {
         "attention": ("full",), "n_kv_head": (config.n_head,), "mlp_hidden": (4 * config.n_embd,),
         "window": (0,), "window_pattern": ("",), "qk_norm": (False,), "embd_norm": (False,),
-        "logit_softcap": (0,), "document_mask": (False,), "embd_residual": (False,),
-        "unet": (False,),
+        "logit_softcap": (0,), "document_mask": (False,),
     }  # fmt: skip
     has = {k: v for k, v in (plain | layout.switches).items() if k not in layout.keys}
     return {name: values for name, values in has.items() if getattr(config, name) not in values}

@@ -88,11 +88,6 @@ class GPTConfig:
     """logits become cap * tanh(logits / cap); 0 = as they are"""
     zero_init: bool = False
     """residual projections start at zero, so that every block starts as the identity"""
-    embd_residual: bool = False
-    """every block reads the embeddings too, times a learned number that starts at 0"""
-    unet: bool = False
-    """blocks of the second half read the output of their mirror image in the first half too,
-    times a learned number that starts at 0"""
     document_mask: bool = False
     """attention does not cross the end-of-text token, id vocab_used - 1"""
     attention_kernel: "Literal[tuple(KERNELS)]" = "auto"
@@ -145,8 +140,6 @@ class GPTConfig:
             raise ValueError(f"linformer has no {self.attention_kernel} kernel; use auto")
         if self.attention_kernel == "flex" and self.dropout:
             raise ValueError(f"flex attention has no dropout: set dropout {self.dropout} to 0")
-        if self.unet and self.n_layer == 1:
-            raise ValueError("unet needs n_layer 2 or more: a lone block has no mirror image")
         if self.window_pattern.strip("SL"):
             raise ValueError(f"window_pattern '{self.window_pattern}' may hold only S and L")
         if self.window_pattern and not self.window:
@@ -701,27 +694,6 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
 
 
-class Skips(nn.Module):
-    """What a block reads beside the block before it: x + a x0 with the embeddings x0, and in a
-    U-net x + b h with the output h of its mirror image (both as in modded-nanoGPT, Jordan et al.
-    2024). Its numbers start at 0, so that a model with skips starts as the one without."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.first = config.n_layer - config.n_layer // 2 if config.unet else config.n_layer
-        self.embedding = nn.Parameter(torch.zeros(config.n_layer)) if config.embd_residual else None
-        self.mirror = nn.Parameter(torch.zeros(config.n_layer // 2)) if config.unet else None
-
-    def forward(self, x, i, x0, halves):
-        """The input of block i: x (B, T, C) is the output of the block before, x0 what the first
-        block read, halves those outputs of the first half that are not yet read again."""
-        if self.embedding is not None:
-            x = x + self.embedding[i] * x0
-        if i >= self.first:
-            x = x + self.mirror[i - self.first] * halves.pop()
-        return x
-
-
 # ----------------------------------------------------------------------------- the loss
 
 
@@ -832,7 +804,6 @@ class GPT(nn.Module):
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=POSITIONS[config.pos](config),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                skips=Skips(config),
                 ln_f=NORMS[config.norm](config),
             )
         )
@@ -895,12 +866,8 @@ class GPT(nn.Module):
         rotation = wpe.rotation(pos)
 
         masks, windows = self.masks(pos, idx, cache), self.config.windows
-        x0, halves, skips = x, [], self.transformer.skips
         for i, block in enumerate(self.transformer.h):
-            x = skips(x, i, x0, halves)
             x = block(x, rotation, masks[windows[i]], cache.layers[i] if cache else None)
-            if i < len(windows) - skips.first:  # a later block is its mirror image
-                halves.append(x)
         return self.transformer.ln_f(x)
 
     def masks(self, pos, idx, cache):

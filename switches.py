@@ -35,7 +35,6 @@ def count_parameters(config):
         "token embedding": c.vocab_size * c.n_embd,
         "positions": positions.get(c.pos, 0),
         "block": 2 * norm + attention + mlp,
-        "skips": c.n_layer * c.embd_residual + c.n_layer // 2 * c.unet,
         "last norm": norm,
         "head": 0 if c.tie_embeddings else c.vocab_size * c.n_embd,
     }
@@ -127,10 +126,6 @@ ROWS = [
      "a tanh over all logits; sampling must apply it too"),
     ("zero_init", {"zero_init": True}, "Zhang et al. 2019", "blocks start as the identity",
      "the first step moves only the projections"),
-    ("embd_residual", {"embd_residual": True}, "Jordan et al. 2024",
-     "late blocks still see the token itself", "the embeddings stay in memory"),
-    ("unet", {"unet": True}, "Jordan et al. 2024", "a short way from early to late blocks",
-     "half the blocks' outputs stay in memory, in generation too"),
     ("untied head", {"tie_embeddings": False}, "Press and Wolf 2017 (tied)",
      "input and output embeddings specialise", "38.6M more parameters at this vocabulary"),
     ("document_mask", {"document_mask": True}, "Dubey et al. 2024",
@@ -178,8 +173,6 @@ def summary(config):
             f"{c.mlp} {c.n_embd} > {inner} > {c.n_embd}"
         )
         lines.append(f"{f'h.{layer} {kind}':<22}{shape:<44}{parts['block']:>14,}")
-    if parts["skips"]:
-        lines.append(f"{'skips':<66}{parts['skips']:>14,}")
     lines += [
         f"{'ln_f: ' + c.norm:<22}{'':<44}{parts['last norm']:>14,}",
         f"{'lm_head':<22}{'tied to wte' if c.tie_embeddings else '':<44}{parts['head']:>14,}",

@@ -291,8 +291,6 @@ def test_every_switch_of_ours_changes_the_logits():
         (LLAMA | dict(mlp="gelu"), ["mlp 'gelu'", "llama"]),
         (LLAMA | dict(embd_norm=True), ["embd_norm True"]),
         (LLAMA | dict(qk_norm=True), ["qk_norm True"]),
-        (LLAMA | dict(embd_residual=True), ["embd_residual True"]),
-        (dict(unet=True), ["unet True"]),
         (LLAMA | dict(bias=True, window=5), ["window 5"]),
         (LLAMA | dict(window=5, window_pattern="SL"), ["window_pattern 'SL'"]),
         (dict(logit_softcap=15.0), ["logit_softcap 15.0"]),

@@ -414,10 +414,10 @@ def test_a_run_from_before_a_switch_existed_had_it_off(copy, data):
     made = tt.trainer(data, copy, **FEW)
     saved = json.loads((copy / "step_000006" / "config.json").read_text())
     now = asdict(made.model_config)
-    del saved["model"]["unet"]
+    del saved["model"]["qk_norm"]
     checkpoints.check_same(copy, saved, now)
-    with pytest.raises(ValueError, match="unet False, this one has True"):
-        checkpoints.check_same(copy, saved, now | {"unet": True})
+    with pytest.raises(ValueError, match="qk_norm False, this one has True"):
+        checkpoints.check_same(copy, saved, now | {"qk_norm": True})
 
 
 def test_the_losses_before_outlive_a_resume(copy):

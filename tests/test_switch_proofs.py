@@ -378,31 +378,6 @@ def test_zero_init_starts_every_block_as_the_identity():
         assert torch.equal(w, plain[name]) or name.endswith("c_proj.weight")
 
 
-@pytest.mark.parametrize("layers", [2, 4, 5])
-def test_skips_are_the_formula_and_start_at_nothing(layers):
-    torch.manual_seed(0)
-    plain = GPT(tiny(n_layer=layers))
-    torch.manual_seed(0)
-    model = GPT(tiny(n_layer=layers, embd_residual=True, unet=True))
-    idx = tokens(T=20)
-    assert torch.equal(model(idx)[0], plain(idx)[0])
-    a, b = torch.randn(layers), torch.randn(layers // 2)
-    with torch.no_grad():
-        model.transformer.skips.embedding.copy_(a)
-        model.transformer.skips.mirror.copy_(b)
-    t = plain.transformer
-    x0 = t.wte(idx) + t.wpe.weight[:20]
-    outputs, x = [], x0
-    for i in range(layers):
-        x = x + a[i] * x0
-        mirror = layers - 1 - i
-        if mirror < i:
-            x = x + b[i - (layers - layers // 2)] * outputs[mirror]
-        x = t.h[i](x, None, None)
-        outputs.append(x)
-    torch.testing.assert_close(model(idx)[0], plain.lm_head(t.ln_f(x)))
-
-
 # ------------------------------------------------------------------------------- refusals
 
 
@@ -420,7 +395,6 @@ def test_skips_are_the_formula_and_start_at_nothing(layers):
         (dict(rope_scaling=0.0), "rope_scaling"),
         (dict(logit_softcap=-1.0), "logit_softcap"),
         (dict(linformer_segment=0), "linformer_segment is 0"),
-        (dict(n_layer=1, unet=True), "n_layer 2 or more"),
     ],
     ids=str,
 )
@@ -445,11 +419,8 @@ def configs(draw):
         attention=draw(st.sampled_from(sorted(ATTENTIONS))),
         tie_embeddings=draw(st.booleans()), qk_norm=draw(st.booleans()),
         logit_softcap=draw(st.sampled_from([0.0, 15.0])), zero_init=draw(st.booleans()),
-        embd_residual=draw(st.booleans()),
         dropout=draw(st.sampled_from([0.0, 0.1])), linformer_segment=draw(st.integers(1, 9)),
     )  # fmt: skip
-    if changes["n_layer"] > 1:
-        changes["unet"] = draw(st.booleans())
     if changes["attention"] == "full":
         changes["window"] = draw(st.sampled_from([0, 1, 5, 100]))
         changes["document_mask"] = draw(st.booleans())
@@ -541,7 +512,7 @@ WHOLE_GRAPHS = [  # test_model.py has every encoding
     dict(pos="fire", window=4, window_pattern="SL"),
     dict(attention="linformer", linformer_segment=8, linformer_rank=2),
     dict(document_mask=True, mlp="relu2", dropout=0.1),
-    dict(qk_norm=True, logit_softcap=5.0, attention_kernel="math", embd_residual=True),
+    dict(qk_norm=True, logit_softcap=5.0, attention_kernel="math"),
     dict(pos="rope", attention_kernel="flash", tie_embeddings=False),
 ]
 

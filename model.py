@@ -32,6 +32,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+# MKL picks the code of a vector function at its first call. Threads that race there can get a less
+# precise one, once (pytorch issue 188792), and the run other bits: so one thread calls each first.
+for function in (torch.exp, torch.log, torch.log1p, torch.sin, torch.cos, torch.tanh, torch.sqrt):
+    function(torch.ones(1))
+
 
 # The choices of pos, norm and mlp are the keys of the dicts below: a new one is added in one place.
 @dataclass

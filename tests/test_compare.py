@@ -371,14 +371,15 @@ def test_configs_that_see_other_tokens_are_refused_before_anything_runs(sweep, t
     assert not (tmp_path / "out").exists()
 
 
-# ----------------------------------------------------------------------------- EXPERIMENTS.md
+# ----------------------------------------------------------------------------- the documents
 
 
 @pytest.mark.parametrize(
     "path", sorted(ROOT.glob("experiments/*/results.json")), ids=lambda path: path.parent.name
 )
-def test_experiments_md_says_what_the_results_hold(path):
-    lines = (ROOT / "EXPERIMENTS.md").read_text().splitlines()
+def test_the_documents_say_what_the_results_hold(path):
+    document = "SPEEDRUN.md" if path.parent.name.startswith("speedrun") else "EXPERIMENTS.md"
+    lines = (ROOT / document).read_text().splitlines()
     found = json.loads(path.read_text())
     for name, row in found["configs"].items():
         losses = row["val_loss"]["seeds"]

@@ -14,6 +14,7 @@ is sqrt(p (1 - p) / (n - 1)), as in lm-evaluation-harness: 0.0046 on all 10,042 
 """
 
 import gzip
+import itertools
 import json
 import math
 import os
@@ -277,68 +278,71 @@ def score_rows(model, rows, batch_tokens=0, progress=""):
     disable = None if progress else True  # None: only on a terminal
     with tqdm(total=len(rows), desc=progress, unit="row", disable=disable) as bar:
         for batch in batches(rows, batch_tokens):
-            losses.update(zip(batch, score_batch(model, batch, device), strict=True))
-            bar.update(len(batch))
+            for part, scores in score_batch(model, batch, batch_tokens, device):
+                losses.update(zip(part, scores, strict=True))
+                bar.update(len(part))
     model.train(was_training)
     return losses
 
 
-def score_batch(model, batch, device):
-    """Rows whose contexts are of about one length -> a list of their losses. What all of them have
-    of their contexts runs through the model once, its keys and values then serve all endings:
-    half the work of whole rows."""
+def score_batch(model, batch, batch_tokens, device):
+    """Rows whose contexts are of about one length -> yields (some of the rows, their losses). What
+    all of them have of their contexts runs through the model once, its keys and values then serve
+    all endings, those of about one length together: half the work of whole rows."""
     shared = min(len(row.context) for row in batch)
     starts = {row.context[:shared]: None for row in batch}  # in order, each once
     numbers = {start: i for i, start in enumerate(starts)}
-    owner = torch.tensor([numbers[row.context[:shared]] for row in batch], device=device)  # (R,)
-    longest = max(len(row.ids) for row in batch) - shared
-    # padding on the right: no token sees it, for attention is causal
-    rests = [row.ids[shared:] + (0,) * (shared + longest - len(row.ids)) for row in batch]
-    targets = torch.full((len(batch), longest), -1)
-    for row, target in zip(batch, targets, strict=True):
-        begin = len(row.context) - shared
-        target[begin : begin + row.scored] = torch.tensor(row.ending)
-    idx, targets = torch.tensor(list(starts), device=device), targets.to(device)
-    cache = KVCache(model.config, shared + longest - 1)
-    x = model.features(idx, cache)[owner, -1:]  # (R, 1, C) foretells the first token
-    if longest > 1:
-        cache.pick(owner)
-        rests = torch.tensor(rests, device=device)[:, :-1]
-        x = torch.cat((x, model.features(rests, cache)), dim=1)
-    return model.token_losses(x, targets).sum(1).tolist()
+    cache = KVCache(model.config, max(len(row.ids) for row in batch) - 1)
+    contexts = model.features(torch.tensor(list(starts), device=device), cache)
+    for part in parts(batch, shared, batch_tokens):
+        owner = torch.tensor([numbers[row.context[:shared]] for row in part], device=device)  # (R,)
+        longest = len(part[0].ids) - shared
+        # padding on the right: no token sees it, for attention is causal
+        rests = [row.ids[shared:] + (0,) * (shared + longest - len(row.ids)) for row in part]
+        targets = torch.full((len(part), longest), -1)
+        for row, target in zip(part, targets, strict=True):
+            begin = len(row.context) - shared
+            target[begin : begin + row.scored] = torch.tensor(row.ending)
+        x = contexts[owner, -1:]  # (R, 1, C) foretells the first token
+        if longest > 1:
+            rests = torch.tensor(rests, device=device)[:, :-1]
+            x = torch.cat((x, model.features(rests, cache.pick(owner))), dim=1)
+        yield part, model.token_losses(x, targets.to(device)).sum(1).tolist()
 
 
 ALIKE = 8  # contexts in a batch differ by less than so many tokens, which every ending repeats
 
 
 def batches(rows, batch_tokens):
-    """Yield lists of rows that score_batch can score in at most batch_tokens positions (or that
-    are the endings of one context), the longest contexts first so that memory peaks at once. The
-    order depends on the rows alone, not on the order in which they came."""
+    """Yield lists of rows for score_batch, whose shared contexts fill at most batch_tokens
+    positions, the longest first so that memory peaks at once. The order depends on the rows alone,
+    not on the order in which they came."""
     groups = {}
     for row in sorted(rows):
         groups.setdefault(row.context, []).append(row)
 
-    def size(context):
-        return len(context) // ALIKE, max(row.scored for row in groups[context]), context
-
-    batch, contexts = [], []
-    for context in sorted(groups, key=size, reverse=True):
-        alike = batch and len(context) // ALIKE == len(contexts[0]) // ALIKE
-        if batch and not (
-            alike and positions(batch + groups[context], len(contexts) + 1) <= batch_tokens
-        ):
-            yield batch
-            batch, contexts = [], []
-        batch, contexts = batch + groups[context], [*contexts, context]
-    if batch:
-        yield batch
+    contexts = sorted(groups, key=len, reverse=True)
+    for _, alike in itertools.groupby(contexts, key=lambda context: len(context) // ALIKE):
+        alike = list(alike)
+        size = max(1, batch_tokens // len(alike[0]))
+        for i in range(0, len(alike), size):
+            yield [row for context in alike[i : i + size] for row in groups[context]]
 
 
-def positions(rows, contexts):
-    """Positions of rows with so many different contexts in score_batch, padding included."""
-    shared = min(len(row.context) for row in rows)
-    return contexts * shared + len(rows) * (max(len(row.ids) for row in rows) - shared)
+def parts(batch, shared, batch_tokens):
+    """Yield the rows of a batch, the longest first, in lists that beyond the `shared` tokens fill
+    at most batch_tokens positions, of about one length once there is work enough for a call."""
+    part, longest = [], 0
+    for row in sorted(batch, key=lambda row: len(row.ids), reverse=True):
+        length, used = len(row.ids) - shared, len(part) * longest
+        much_shorter = length < 0.9 * longest and used >= batch_tokens // 8
+        if part and (much_shorter or used + longest > batch_tokens):
+            yield part
+            part = []
+        if not part:
+            longest = length
+        part.append(row)
+    yield part
 
 
 def count_hits(predictions, examples):

@@ -16,6 +16,7 @@ Shapes: B batch, T positions (Tq queries, Tk keys), C = n_embd, nh = n_head, nkv
 hs = C / nh, V = vocab_size. Parameter names are nanoGPT's.
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -617,15 +618,18 @@ class KVCache:
         return attended
 
     def pick(self, rows):
-        """Make these rows of the batch, (B',) int64 with repeats, the cache's batch: several
+        """A new cache whose batch is these rows of this one's, (B',) int64 with repeats: several
         continuations of one context then share the work on it."""
-        for layer in self.layers:
+        picked = copy.copy(self)
+        picked.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in picked.layers:
             layer.k, layer.v = layer.k[rows], layer.v[rows]
-        self.tags = {
+        picked.tags = {
             size: (pos, *(d[rows] for d in doc)) for size, (pos, *doc) in self.tags.items()
         }
         if torch.is_tensor(self.documents):
-            self.documents = self.documents[rows]
+            picked.documents = self.documents[rows]
+        return picked
 
     def to(self, dtype):
         for layer in self.layers:
@@ -777,9 +781,10 @@ def cache_blocks(logits):
 def cross_entropies(x, weight, targets, cap):
     """Cross entropy of every row, (N, C), (V, C), (N,) -> (N,) fp32, 0 where target is -1; for
     evaluation: no logits outlive their chunk."""
-    w, losses = weight.to(x.dtype), [x.new_zeros(0, dtype=torch.float32)]
-    for rows in loss_chunks(x, w):
-        logits, chunk = softcap(x[rows] @ w.T, cap), targets[rows]  # (chunk, V), (chunk,)
+    losses = [x.new_zeros(0, dtype=torch.float32)]
+    for rows in loss_chunks(x, weight):
+        # autocast keeps the weight that it casts for F.linear from one call to the next
+        logits, chunk = softcap(F.linear(x[rows], weight), cap), targets[rows]  # (chunk, V)
         losses += [
             F.cross_entropy(logits[b].float(), chunk[b], ignore_index=-1, reduction="none")
             for b in cache_blocks(logits)

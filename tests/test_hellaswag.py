@@ -284,17 +284,26 @@ def test_batches_hold_contexts_of_about_one_length_and_keep_to_the_budget():
     rows = {row for example in examples for row in example.rows}
     batches = list(hellaswag.batches(rows, 800))
     assert sorted(row for batch in batches for row in batch) == sorted(rows)
-    shortest = []
+    shortest, computed = [], 0
     for batch in batches:
         contexts = {row.ids[: -row.scored] for row in batch}
         lengths = sorted(map(len, contexts))
         assert lengths[-1] - lengths[0] < 8
-        size = lengths[0] * len(contexts)  # the part that all have, and the rests of the rows
-        size += len(batch) * (max(len(row.ids) for row in batch) - lengths[0])
-        assert size <= 800 or len(contexts) == 1
+        assert lengths[0] * len(contexts) <= 800 or len(contexts) == 1
         shortest.append(lengths[0] // 8)
+        computed += lengths[0] * len(contexts)
+        parts = list(hellaswag.parts(batch, lengths[0], 800))
+        assert sorted(row for part in parts for row in part) == sorted(batch)
+        for part in parts:
+            size = len(part) * (max(len(row.ids) for row in part) - lengths[0])
+            assert size <= 800 or len(part) == 1
+            computed += size
     assert shortest == sorted(shortest, reverse=True)
     assert len(batches) < 30  # of 40 items
+    # contexts once and endings without padding would be all there is to compute
+    least = sum(len(row.ids) for row in rows)
+    least -= sum(3 * len(example.rows[0].context) for example in examples)
+    assert computed < 1.4 * least
 
 
 def test_a_tie_goes_to_the_first():

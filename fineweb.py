@@ -784,15 +784,13 @@ def group_records(records):
 def encode_group(group, tokie=None, vocab=N_VOCAB):
     """[Record] * n -> Batch: tokens (N,) uint16; starts (n + 1,), where in tokens each record
     begins, and numbers (n + 1); the last of each stand for the record after the batch."""
-    parts, starts, length = [], [], 0
-    texts = [record.text for record in group]
-    for record, ids in zip(group, encode_texts(texts, tokie, vocab), strict=True):
-        starts.append(length)
-        parts += [np.array([vocab - 1], dtype=np.uint32), ids] if record.is_start else [ids]
-        length += len(ids) + record.is_start
+    found = encode_texts([record.text for record in group], tokie, vocab)
+    lengths = [len(ids) + record.is_start for record, ids in zip(group, found, strict=True)]
+    starts = np.cumsum([0, *lengths])
+    tokens = np.full(starts[-1], vocab - 1, dtype="<u2")  # what stays of it marks the documents
+    for ids, end in zip(found, starts[1:], strict=True):
+        tokens[end - len(ids) : end] = ids
     numbers = [record.number for record in group] + [group[-1].number + 1]
-    starts = np.array([*starts, length])
-    tokens = np.concatenate(parts, dtype="<u2", casting="unsafe")
     return Batch(group[0].file, numbers, tokens, starts, group[-1].done)
 
 

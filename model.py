@@ -1143,8 +1143,8 @@ def pick_dtype(name, device):
     if device.type == "cuda":
         newer = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if newer else torch.float16
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16  # without AMX bf16 is several times slower than fp32
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():  # AMX comes with it
+        return torch.bfloat16  # without such units bf16 is several times slower than fp32
     return torch.float32
 
 

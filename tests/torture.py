@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["OMP_NUM_THREADS"] = "1"  # a busy machine then slows tiny models down less
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a busy machine then slows tiny models down less
 
 import numpy as np
 

@@ -384,7 +384,7 @@ def test_the_documents_say_what_the_results_hold(path):
     for name, row in found["configs"].items():
         losses = row["val_loss"]["seeds"]
         shown = f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}"
-        if name != found["first"]:
+        if name != found["first"] and row["diff"]["p"] is not None:  # runs of one length
             low, high = row["diff"]["ci95"]
             word = "within noise" if low <= 0 <= high else "better" if high < 0 else "worse"
             shown += f" | {row['diff']['mean']:+.4f} [{low:+.4f}, {high:+.4f}] | "

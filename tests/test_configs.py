@@ -89,7 +89,10 @@ def test_a_speedrun_has_its_baselines_size_and_the_recipe_of_all(name, baseline)
         assert tables[0][rate] == pytest.approx(scaled, rel=0.03)  # two digits
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("speedrun/*.toml")), ids=lambda p: p.stem)
+ABLATIONS = sorted([*CONFIGS.glob("speedrun/add_*.toml"), *CONFIGS.glob("speedrun/drop_*.toml")])
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
 def test_an_ablation_adds_or_drops_one_ingredient(path):
     kind, ingredient = path.stem.split("_", 1)
     recipe, plain = (
@@ -102,6 +105,16 @@ def test_an_ablation_adds_or_drops_one_ingredient(path):
             assert value == plain[name] != recipe[name]
         else:
             assert plain[name] != value and (recipe[name] == value) == in_recipe
+
+
+@pytest.mark.parametrize("batch, share", [("half", 0.5), ("double", 2), ("fourfold", 4)])
+def test_another_batch_takes_the_same_tokens(batch, share):
+    table = tomllib.loads((CONFIGS / f"speedrun/batch_{batch}.toml").read_text())
+    for name in ("tiny_1m", "speedrun_1m"):
+        train = parse(CONFIGS / f"{name}.toml")[1]
+        assert table["total_batch_tokens"] == share * train.total_batch_tokens
+        assert table["max_steps"] * share == train.max_steps
+        assert table["eval_every"] in (train.eval_every / share, train.eval_every * 2 / share)
 
 
 def test_all_that_the_recipe_changes_has_an_ablation():

@@ -440,8 +440,8 @@ def draw(groups, path):
         if low and knee > min(low):  # the first quarter falls too far to see the rest beside it
             axis.set_ylim(min(low) - 0.05 * (knee - min(low)), knee + 0.05 * (knee - min(low)))
     score.set(xlabel="million tokens", ylabel="HellaSwag acc_norm")
-    scores = (run.values.get("hellaswag_acc_norm") for runs in groups.values() for run in runs)
-    score.set_visible(any(scores))  # else there is nothing to see
+    scored = (run.curve("hellaswag_acc_norm")[0] for runs in groups.values() for run in runs)
+    score.set_visible(any(scored))  # else there is nothing to see
     if found:
         tokens.legend(fontsize=8)
     with matplotlib.rc_context({"svg.hashsalt": "nanoswitch"}):  # the same runs, the same file

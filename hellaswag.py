@@ -297,17 +297,18 @@ def score_batch(model, batch, batch_tokens, device):
     for part in parts(batch, shared, batch_tokens):
         owner = torch.tensor([numbers[row.context[:shared]] for row in part], device=device)  # (R,)
         longest = len(part[0].ids) - shared
-        # padding on the right: no token sees it, for attention is causal
-        rests = [row.ids[shared:] + (0,) * (shared + longest - len(row.ids)) for row in part]
-        targets = torch.full((len(part), longest), -1)
-        for row, target in zip(part, targets, strict=True):
-            begin = len(row.context) - shared
-            target[begin : begin + row.scored] = torch.tensor(row.ending)
+        rests, targets = [], []
+        for row in part:
+            # padding on the right: no token sees it, for attention is causal
+            missing = shared + longest - len(row.ids)
+            rests.append(row.ids[shared:] + (0,) * missing)
+            targets.append((-1,) * (len(row.context) - shared) + row.ending + (-1,) * missing)
         x = contexts[owner, -1:]  # (R, 1, C) foretells the first token
         if longest > 1:
             rests = torch.tensor(rests, device=device)[:, :-1]
             x = torch.cat((x, model.features(rests, cache.pick(owner))), dim=1)
-        yield part, model.token_losses(x, targets.to(device)).sum(1).tolist()
+        targets = torch.tensor(targets, device=device)
+        yield part, model.token_losses(x, targets).sum(1).tolist()
 
 
 ALIKE = 8  # contexts in a batch differ by less than so many tokens, which every ending repeats

@@ -754,20 +754,24 @@ class MeanCrossEntropy(torch.autograd.Function):
 def into_gradient(logits, targets, cap):
     """Sum of the cross entropies of logits (n, V), after softcap, and targets (n,) -> a scalar in
     fp32; overwrites the logits with its gradient with respect to them, before softcap."""
-    loss = logits.new_zeros((), dtype=torch.float32)
+    keep, target = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]  # (n, 1)
+
+    def weight(keep, z):  # 0 where there is no target; the derivative of softcap, whose value is z
+        return keep * (1 - (z / cap) ** 2) if cap else keep
+
+    weight_at_target = weight(keep, logits.gather(1, target))
+    logp_at_target = []
     for rows in cache_blocks(logits):
-        keep = (targets[rows] >= 0)[:, None]
-        target = targets[rows].clamp(min=0)[:, None]
         logp = logits[rows].log_softmax(-1, dtype=torch.float32)
-        loss = loss - (logp.gather(1, target) * keep).sum()
-        # softmax - one-hot; the division by their count waits for the backward pass, where it
-        # meets the loss scale, so that fp16 does not underflow
-        grad = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logp.dtype))
-        grad = grad.mul_(keep)
-        if cap:
-            grad *= 1 - (logits[rows] / cap) ** 2  # the derivative of cap tanh(logits / cap)
-        logits[rows] = grad
-    return loss
+        logp_at_target.append(logp.gather(1, target[rows]))
+        logits[rows] = logp.exp_().mul_(weight(keep[rows], logits[rows]))
+    logp = torch.cat(logp_at_target)
+    # softmax - one-hot; the division by their count waits for the backward pass, where it meets
+    # the loss scale, so that fp16 does not underflow
+    grad = (logp.exp() - 1) * weight_at_target
+    each = torch.arange(len(logits), device=logits.device)
+    logits[each, target[:, 0]] = grad[:, 0].type_as(logits)
+    return -(logp * keep).sum()
 
 
 def cache_blocks(logits):

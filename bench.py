@@ -158,19 +158,34 @@ def serve(pipe, side, config):
         begin, before = time.perf_counter(), peak_memory(device)
         work = side(config)
         result = next(work)
-        pipe.send(("ready", result, time.perf_counter() - begin))
-        while pipe.recv() == "round":
+        seconds = time.perf_counter() - begin
+        make_room(device)
+        pipe.send(("ready", result, seconds))
+        for number in itertools.count():
+            if pipe.recv() != "round":
+                break
+            if number and device.type == "cuda":
+                next(work)  # takes the card's memory again
+                torch.cuda.synchronize()
             begin = time.perf_counter()
             units = next(work)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            pipe.send(("done", units, time.perf_counter() - begin))
+            seconds = time.perf_counter() - begin
+            make_room(device)
+            pipe.send(("done", units, seconds))
         pipe.send(("closed", peak_memory(device) - before))
     except EOFError:  # the other side failed, and with it the parent
         pass
     except Exception as error:
         name = getattr(side, "func", side).__name__
         pipe.send(("error", f"{name}: {error}", traceback.format_exc()))
+
+
+def make_room(device):
+    """Give back what torch keeps of a card's memory: the other side may need it for its turn."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory(device):
@@ -385,7 +400,7 @@ def peer_trains(config):
     def batch(i):
         first = (i * config.micro_batch) % (windows.count - config.micro_batch + 1)
         x, y = windows.read(np.arange(first, first + config.micro_batch))
-        return x.contiguous().to(device), y.contiguous().to(device)
+        return [train_gpt2.to_device(part, device) for part in (x, y)]
 
     half = autocast(device, pick_dtype(config.dtype, device))
     with torch.no_grad(), half:

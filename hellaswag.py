@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 from tyro.conf import Positional
 
@@ -33,7 +34,7 @@ import cli
 from fineweb import EOT, N_VOCAB, get_tokenizer, trained_vocabulary, write_beside
 from hf import vocabulary_of
 from hub import hub_download
-from model import GPT, KVCache, autocast, keep_few_kernels, pick_device, pick_dtype
+from model import ANY_LENGTH, GPT, KVCache, autocast, keep_few_kernels, pick_device, pick_dtype
 
 DATASET, DATA_FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
 DATA_FOLDER = "data/hellaswag"
@@ -266,6 +267,7 @@ def cut(row, longest):
 
 
 @torch.no_grad()
+@sdpa_kernel(ANY_LENGTH)
 def score_rows(model, rows, batch_tokens=0, progress=""):
     """A set of Rows -> {row: the summed cross entropy of its ending in nats}.
 

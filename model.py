@@ -367,7 +367,8 @@ class Attention(nn.Module):
         k = k.view(B, T, self.nkv, self.hs).transpose(1, 2)  # (B, nkv, T, hs)
         v = v.view(B, T, self.nkv, self.hs).transpose(1, 2)  # (B, nkv, T, hs)
         if self.qk_norm:
-            q, k = F.rms_norm(q, (self.hs,)), F.rms_norm(k, (self.hs,))
+            # CUDA's autocast runs rms_norm in fp32, and its result must fit beside v in a cache
+            q, k = (F.rms_norm(x, (self.hs,)).type_as(v) for x in (q, k))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
@@ -504,7 +505,8 @@ def sdpa(q, k, v, mask, dropout):
 
 
 def sdpa_flash(q, k, v, mask, dropout):
-    if mask is not None:  # decoding from a cache
+    # decoding from a cache has a mask, and CUDA's flash kernel knows no fp32
+    if mask is not None or (q.is_cuda and q.dtype == torch.float32):
         return sdpa(q, k, v, mask, dropout)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return sdpa(q, k, v, mask, dropout)
@@ -518,6 +520,8 @@ def sdpa_math(q, k, v, mask, dropout):
 
 def flex(q, k, v, mask, dropout):
     """FlexAttention: skips the blocks that a window or documents mask out; mask as flex_mask's."""
+    if not isinstance(mask, tuple):  # with a cache: it would compile anew for every length
+        return sdpa(q, k, v, mask, dropout)
     block_mask, bias = mask
     score_mod = None if bias is None else lambda score, b, h, i, j: score + bias[h, i, j]
     if q.is_cuda and not torch.compiler.is_compiling():
@@ -543,6 +547,8 @@ def flex_mask(q_pos, k_pos, window, bias, q_doc=None, k_doc=None):
 
 
 KERNELS = {"auto": sdpa, "flash": sdpa_flash, "math": sdpa_math, "flex": flex}
+# for lengths that vary: all but cuDNN, which plans each new shape for tenths of a second
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class LayerCache:
@@ -889,7 +895,7 @@ class GPT(nn.Module):
         or window_masks makes it, or None for plain causal attention}, one for all layers of that
         window."""
         config, wpe, T = self.config, self.transformer.wpe, len(pos)
-        flex, tags = config.attention_kernel == "flex", (pos,)
+        flex, tags = config.attention_kernel == "flex" and not cache, (pos,)
         if config.document_mask:  # the end-of-text token begins a document
             begun = (idx == config.vocab_used - 1).cumsum(1)
             tags = (pos, begun + (cache.documents if cache else 0))  # (T,), (B, T)
@@ -964,7 +970,8 @@ class GPT(nn.Module):
         cache = KVCache(self.config, idx.size(1) + max_new_tokens) if use_cache else None
         model, fresh = self, idx
         for _ in range(max_new_tokens):
-            x = model.features(fresh if use_cache else idx, cache)
+            with sdpa_kernel(ANY_LENGTH):
+                x = model.features(fresh if use_cache else idx, cache)
             logits = model.logits(x[:, -1]).float()[:, : self.config.vocab_used]  # (B, V used)
             fresh = sample_token(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
             idx = torch.cat((idx, fresh), dim=1)

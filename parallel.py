@@ -266,6 +266,8 @@ def state_of(optimizer, ranks):
     if not isinstance(optimizer, ZeroRedundancyOptimizer):
         return optimizer.state
     optimizer.consolidate_state_dict(to=0)
+    if ranks.device.type == "cuda":  # it does not wait for its own copies to the host
+        torch.cuda.synchronize()
     if not ranks.first:
         return {}
     state = optimizer.state_dict()["state"]

@@ -303,6 +303,8 @@ class Trainer:
             raise ValueError(
                 f"attention_kernel flex trains on CUDA only, not {self.device}; use auto"
             )
+        if (c.attention_kernel, self.device.type, self.dtype) == ("flash", "cuda", torch.float32):
+            raise ValueError("attention_kernel flash has no float32 on CUDA; use auto")
         self.train = open_windows(config, "train", c)
         self.val = open_windows(config, "val", c)
         self.batch_windows = self.count_batch_windows()
@@ -416,10 +418,7 @@ class Trainer:
     # ------------------------------------------------------------------------- one step
 
     def load(self, windows, numbers):
-        x, y = windows.read(numbers)
-        if self.device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        return [to_device(x, self.device) for x in windows.read(numbers)]
 
     def step(self, step, stop=0):
         """Update number `step` (0-based) -> (3,): mean loss over all ranks, gradient norm, and the
@@ -645,6 +644,13 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
         return 2 * x.numel() * self.ranks.world / (time.perf_counter() - begin)
+
+
+def to_device(x, device):
+    """A host tensor on the device, contiguous; CUDA copies it while the host goes on."""
+    # a copy from strided memory would go through a temporary that is not pinned, and wait for it
+    x = x.contiguous()
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def divisors(n):

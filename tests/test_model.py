@@ -606,6 +606,19 @@ def test_autocast_and_bf16_weights_generate_with_a_cache(pos):
     assert (rough - want).abs().mean() < 0.1 * want.abs().mean()
 
 
+def test_qk_norm_fits_the_cache_where_autocast_runs_it_in_fp32(monkeypatch):
+    """As CUDA's autocast does from torch 2.12 on, and CPU's does not."""
+    norm = F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape: norm(x.float(), shape))
+    config = tiny(qk_norm=True, pos="rope", n_kv_head=2)
+    model = build(config)
+    idx = tokens(config, 2, 6)
+    want = model(idx)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = cached_logits(model, idx, [4, 1, 1])
+    assert (rough - want).abs().mean() < 0.1 * want.abs().mean()
+
+
 # ----------------------------------------------------------------------------- initial weights
 
 

@@ -263,7 +263,13 @@ def test_document_mask_makes_documents_independent_of_what_stands_before_them():
     torch.testing.assert_close(after[:, 5:], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+FLEX = [
+    dict(attention_kernel="flex", pos="rope", window=5, window_pattern="SL"),
+    dict(attention_kernel="flex", pos="alibi", document_mask=True),
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS + FLEX, ids=str)
 def test_cached_equals_uncached(changes):
     model, idx = build(tiny(**changes)), tokens()
     with torch.no_grad():

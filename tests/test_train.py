@@ -711,18 +711,54 @@ def test_dry_run_prints_sizes_and_writes_nothing(data, tmp_path, capsys, monkeyp
 # ----------------------------------------------------------------------------- compiled
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_run_validates_scores_and_samples(plain, data, tmp_path):
-    items = tmp_path / "hellaswag.jsonl"
+def make_items(path):
+    """HellaSwag's format, five items."""
     endings = [" on the chair.", " in a sky of glass and iron.", " nine.", " the the the the"]
     item = dict(
         activity_label="Sitting", ctx_a="A man sits", ctx_b="", ctx="A man", endings=endings
     )
-    with open(items, "w") as file:
+    with open(path, "w") as file:
         for i in range(5):
             line = item | dict(ind=i, label=i % 4, split="val", split_type="indomain")
             file.write(json.dumps(line | dict(source_id=f"activitynet~{i}")) + "\n")
+    return path
+
+
+def check_scores_and_samples(run):
+    assert [line["step"] for line in log(run, "samples")] == [0, 3, 6]
+    scores = log(run, "hellaswag_acc", "hellaswag_acc_norm", "hellaswag_n", "hellaswag_se")
+    assert [(line["step"], line["hellaswag_n"]) for line in scores] == [(3, 5), (6, 5)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "switches",
+    [
+        dict(dtype="float16"),
+        dict(pos="rope", qk_norm=True, optimizer="muon", muon_lr=1e-3, compile="true"),
+        dict(pos="fire", norm="rmsnorm", mlp="swiglu", n_kv_head=1, bias=False),
+        dict(pos="alibi", window=8, window_pattern="SL", document_mask=True),
+        dict(pos="rope", window=8, document_mask=True, attention_kernel="flex"),
+        dict(attention="linformer", linformer_segment=8, linformer_rank=2),
+    ],
+    ids=str,
+)
+def test_cuda_trains_validates_scores_and_samples_as_a_cpu_does(data, tmp_path, switches):
+    flags = dict(block_size=32, total_batch_tokens=256, n_embd=64, hellaswag_every=3)
+    flags |= dict(hellaswag_data=str(make_items(tmp_path / "hellaswag.jsonl")))
+    train(data, tmp_path / "cuda", **flags | dict(device="cuda", dtype="bfloat16") | switches)
+    switches = switches | dict(dtype="float32", attention_kernel="auto", compile="false")
+    train(data, tmp_path / "cpu", **flags | switches)
+    for key in ("train_loss", "val_loss"):
+        want = column(tmp_path / "cpu", key)
+        assert column(tmp_path / "cuda", key) == pytest.approx(want, abs=0.02)
+    check_scores_and_samples(tmp_path / "cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_validates_scores_and_samples(plain, data, tmp_path):
+    items = make_items(tmp_path / "hellaswag.jsonl")
     run, flags = tmp_path / "run", dict(hellaswag_every=3, hellaswag_data=items, compile="true")
     line = command(data, run, **flags, block_size=32, total_batch_tokens=256)
     out = subprocess.run(line, capture_output=True, text=True, timeout=600)
@@ -731,7 +767,5 @@ def test_a_compiled_run_validates_scores_and_samples(plain, data, tmp_path):
     train(data, tmp_path / "eager", block_size=32, total_batch_tokens=256)
     for key in ("train_loss", "val_loss"):
         assert column(run, key) == pytest.approx(column(tmp_path / "eager", key), abs=1e-4)
-    assert [line["step"] for line in log(run, "samples")] == [0, 3, 6]
-    scores = log(run, "hellaswag_acc", "hellaswag_acc_norm", "hellaswag_n", "hellaswag_se")
-    assert [(line["step"], line["hellaswag_n"]) for line in scores] == [(3, 5), (6, 5)]
+    check_scores_and_samples(run)
     assert set(load_file(run / "step_000006" / "model.safetensors")) == set(nanogpt_names(2))

@@ -161,18 +161,15 @@ def serve(pipe, side, config):
         seconds = time.perf_counter() - begin
         make_room(device)
         pipe.send(("ready", result, seconds))
-        for number in itertools.count():
-            if pipe.recv() != "round":
-                break
-            if number and device.type == "cuda":
-                next(work)  # takes the card's memory again
-                torch.cuda.synchronize()
+        made_room = False  # the first round is a warm-up, and part of the start-up
+        while pipe.recv() == "round":
+            if made_room and device.type == "cuda":
+                finish(work, device)  # takes the card's memory again
             begin = time.perf_counter()
-            units = next(work)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            units = finish(work, device)
             seconds = time.perf_counter() - begin
             make_room(device)
+            made_room = True
             pipe.send(("done", units, seconds))
         pipe.send(("closed", peak_memory(device) - before))
     except EOFError:  # the other side failed, and with it the parent
@@ -180,6 +177,14 @@ def serve(pipe, side, config):
     except Exception as error:
         name = getattr(side, "func", side).__name__
         pipe.send(("error", f"{name}: {error}", traceback.format_exc()))
+
+
+def finish(work, device):
+    """A round of a side, to the end of what the card has to do for it -> its units."""
+    units = next(work)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return units
 
 
 def make_room(device):

@@ -760,24 +760,22 @@ class MeanCrossEntropy(torch.autograd.Function):
 def into_gradient(logits, targets, cap):
     """Sum of the cross entropies of logits (n, V), after softcap, and targets (n,) -> a scalar in
     fp32; overwrites the logits with its gradient with respect to them, before softcap."""
-    keep, target = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]  # (n, 1)
+    keep, target = targets >= 0, targets.clamp(min=0)
+    at_target = torch.arange(len(logits), device=logits.device), target
 
     def weight(keep, z):  # 0 where there is no target; the derivative of softcap, whose value is z
         return keep * (1 - (z / cap) ** 2) if cap else keep
 
-    weight_at_target = weight(keep, logits.gather(1, target))
-    logp_at_target = []
+    own_weight, own_logp = weight(keep, logits[at_target]), []  # the target's own
     for rows in cache_blocks(logits):
         logp = logits[rows].log_softmax(-1, dtype=torch.float32)
-        logp_at_target.append(logp.gather(1, target[rows]))
-        logits[rows] = logp.exp_().mul_(weight(keep[rows], logits[rows]))
-    logp = torch.cat(logp_at_target)
+        own_logp.append(logp.gather(1, target[rows, None])[:, 0])
+        logits[rows] = logp.exp_().mul_(weight(keep[rows, None], logits[rows]))
+    own_logp = torch.cat(own_logp)  # (n,)
     # softmax - one-hot; the division by their count waits for the backward pass, where it meets
     # the loss scale, so that fp16 does not underflow
-    grad = (logp.exp() - 1) * weight_at_target
-    each = torch.arange(len(logits), device=logits.device)
-    logits[each, target[:, 0]] = grad[:, 0].type_as(logits)
-    return -(logp * keep).sum()
+    logits[at_target] = ((own_logp.exp() - 1) * own_weight).type_as(logits)
+    return -(own_logp * keep).sum()
 
 
 def cache_blocks(logits):

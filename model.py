@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import warnings
 import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -268,13 +269,15 @@ class Alibi(NoPosition):
 
     def __init__(self, config):
         super().__init__(config)
-        below = 2 ** math.floor(math.log2(config.n_head))
-        slopes = [2 ** (-8 * h / below) for h in range(1, below + 1)]
-        slopes += [2 ** (-8 * h / (2 * below)) for h in range(1, 2 * below, 2)]
-        self.slopes = slopes[: config.n_head]
+        self.nh, self.below = config.n_head, 2 ** math.floor(math.log2(config.n_head))
+
+    def slopes(self, device=None):
+        h = torch.arange(1, self.nh + 1, device=device)
+        every_other = (2 * (h - self.below) - 1) / (2 * self.below)
+        return 2.0 ** (-8 * torch.where(h <= self.below, h / self.below, every_other))  # (nh,)
 
     def bias(self, q_pos, k_pos):
-        slopes = torch.tensor(self.slopes, device=q_pos.device)
+        slopes = self.slopes(q_pos.device)
         return -slopes[:, None, None] * distances(q_pos, k_pos)  # (nh, Tq, Tk)
 
 
@@ -404,7 +407,7 @@ class Linformer(Attention):
     def attend(self, q, k, v, mask, cache):
         B, nh, T, hs = q.size()
         n, S = mask.size(-3), self.S  # n segments hold the queries, the last of `end` segments
-        start = cache.start if cache is not None else 0
+        start = cache.ring.start if cache is not None else 0
         first = start // S
         end = first + n
         q = F.pad(q, (0, 0, start - first * S, end * S - start - T))
@@ -551,38 +554,51 @@ KERNELS = {"auto": sdpa, "flash": sdpa_flash, "math": sdpa_math, "flex": flex}
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-class LayerCache:
-    """One layer's keys and values, a ring of `size` positions: position p lies in slot p % size."""
+class Ring:
+    """Slots for the newest `size` positions: position p lies in slot p % size. Shared by the layers
+    of one window; all in it is a function of tensors, but for which of three cases it is."""
+
+    FAR = 2**62  # the position of an empty slot: in every query's future, so never visible
 
     def __init__(self, size):
-        self.size, self.k, self.v = size, None, None
+        self.size = size
 
     def place(self, start, pos):
-        """Say where the next keys come to lie: those of the positions pos (T,) from start on."""
-        self.start, self.slots = start, pos[-self.size :] % self.size
-        T = len(pos)
+        """The keys of the positions pos (T,), from start on, come next -> (Tk,) the positions of
+        what their queries attend to; pos itself where that is nothing else."""
+        self.start, self.slots, T = start, pos[-self.size :] % self.size, len(pos)
         if start == 0 and T > 1:
             self.seen_as = "chunk"  # nothing came before: the chunk attends to itself
-        elif T == 1 or start + T <= self.size:
+            return pos
+        if T == 1 or start + T <= self.size:
             self.seen_as = "ring"  # what is overwritten is out of every query's window
-        else:
-            self.seen_as = "both"  # the first queries need what the last keys overwrite
+            return self.positions(pos[-1])
+        self.seen_as = "both"  # the first queries need what the last keys overwrite
+        return torch.cat((self.positions(pos[0] - 1), pos))
+
+    def positions(self, newest):
+        """The position in each slot, (size,), once position `newest`, (), is the last."""
+        behind = (newest - torch.arange(self.size, device=newest.device)) % self.size
+        return torch.where(behind <= newest, newest - behind, self.FAR)
+
+
+class LayerCache:
+    """One layer's keys and values, (B, nkv, size, hs) each."""
+
+    def __init__(self, ring):
+        self.ring, self.k, self.v = ring, None, None
 
     def update(self, k, v):
         """Store k, v (B, nkv, T, hs) of the newest positions -> what their queries attend to."""
+        ring, new = self.ring, (k, v)
         if self.k is None:
-            self.k = k.new_zeros(*k.shape[:2], self.size, k.size(3))
+            self.k = k.new_zeros(*k.shape[:2], ring.size, k.size(3))
             self.v = torch.zeros_like(self.k)
-        before = (self.k.clone(), self.v.clone()) if self.seen_as == "both" else None
-        self.k[:, :, self.slots] = k[:, :, -self.size :]
-        self.v[:, :, self.slots] = v[:, :, -self.size :]
-        return self.attended(before, (k, v), (self.k, self.v), dim=2)
-
-    def attended(self, before, new, after, dim):
-        """Pick of tuples of tensors: the ring as it was, the new chunk, the ring as it is now."""
-        if self.seen_as == "both":
-            return tuple(torch.cat(pair, dim) for pair in zip(before, new, strict=True))
-        return new if self.seen_as == "chunk" else after
+        if ring.seen_as == "both":
+            new = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.k[:, :, ring.slots] = k[:, :, -ring.size :]
+        self.v[:, :, ring.slots] = v[:, :, -ring.size :]
+        return (self.k, self.v) if ring.seen_as == "ring" else new
 
 
 class KVCache:
@@ -591,37 +607,33 @@ class KVCache:
     They are stored after rotation, nkv heads of them, and a windowed layer keeps its last W only.
     """
 
-    FAR = 2**62  # the position of an empty slot: in every query's future, so never visible
-
     def __init__(self, config, length):
         self.length, self.seen = length, 0
-        self.layers = [LayerCache(min(w, length) if w else length) for w in config.windows]
-        self.tags = {}  # ring size -> position (size,), perhaps document (B, size), in each slot
-        self.documents = 0  # (B, 1) how many documents began so far, if the model asks
+        sizes = [min(w, length) if w else length for w in config.windows]
+        self.rings = {size: Ring(size) for size in sizes}
+        self.layers = [LayerCache(self.rings[size]) for size in sizes]
+        self.documents = None  # (B, length) the document of each position, if the model asks
 
-    def place(self, pos, *doc):
-        """Make room for the tokens at pos (T,), contiguous, perhaps of documents doc (B, T) ->
-        {ring size: (pos, *doc) of what their queries attend to}, masks still to be applied."""
-        if self.seen + len(pos) > self.length:
-            raise ValueError(f"the cache holds {self.length} positions, {len(pos)} more do not fit")
-        attended, new = {}, (pos, *doc)
-        for layer in self.layers:
-            layer.place(self.seen, pos)
-            size = layer.size
-            if size in attended:
-                continue
-            if size not in self.tags:
-                empty = torch.full((size,), self.FAR, device=pos.device)
-                self.tags[size] = (empty, *(d.new_zeros(len(d), size) for d in doc))
-            before, after = self.tags[size], tuple(ring.clone() for ring in self.tags[size])
-            for ring, tag in zip(after, new, strict=True):
-                ring[..., layer.slots] = tag[..., -size:]
-            self.tags[size] = after
-            attended[size] = layer.attended(before, new, after, dim=-1)
-        self.seen += len(pos)
-        for d in doc:
-            self.documents = d[:, -1:]
-        return attended
+    def place(self, pos):
+        """Make room for the tokens at pos (T,), contiguous -> {ring size: (Tk,) the positions of
+        what their queries attend to, masks still to be applied}."""
+        start, T = self.seen, len(pos)
+        if start + T > self.length:
+            raise ValueError(f"the cache holds {self.length} positions, {T} more do not fit")
+        self.seen += T
+        return {size: ring.place(start, pos) for size, ring in self.rings.items()}
+
+    def number_documents(self, pos, begun):
+        """Count on: begun (B, T), the documents that began since pos[0] -> (B, T) the document of
+        each token at pos."""
+        if self.documents is None:
+            self.documents = begun.new_zeros(len(begun), self.length)
+        before = self.documents[:, (pos[:1] - 1).clamp(min=0)]  # (B, 1), at the very start 0
+        self.documents[:, pos] = before + begun
+        return before + begun
+
+    def documents_at(self, pos):
+        return self.documents[:, pos.clamp(max=self.length - 1)]  # an empty slot's is never seen
 
     def pick(self, rows):
         """A new cache whose batch is these rows of this one's, (B',) int64 with repeats: several
@@ -630,10 +642,7 @@ class KVCache:
         picked.layers = [copy.copy(layer) for layer in self.layers]
         for layer in picked.layers:
             layer.k, layer.v = layer.k[rows], layer.v[rows]
-        picked.tags = {
-            size: (pos, *(d[rows] for d in doc)) for size, (pos, *doc) in self.tags.items()
-        }
-        if torch.is_tensor(self.documents):
+        if self.documents is not None:
             picked.documents = self.documents[rows]
         return picked
 
@@ -863,17 +872,14 @@ class GPT(nn.Module):
         losses = self.cross_entropies(x, targets)
         return None, losses.sum() / (targets >= 0).sum().clamp(min=1)
 
-    def features(self, idx, cache=None):
-        """idx (B, T) -> what the head reads, (B, T, C). With a cache, idx continues it."""
-        start, T = (cache.seen if cache else 0), idx.size(1)
+    def features(self, idx, cache=None, pos=None):
+        """idx (B, T) -> what the head reads, (B, T, C). With a cache, idx continues it. pos (T,):
+        the positions of idx, where the caller has them on the device."""
         wpe = self.transformer.wpe
-        if start + T > self.config.block_size and not wpe.extrapolates:
-            raise ValueError(
-                f"{start + T} tokens are more than block_size {self.config.block_size}, and pos "
-                f"'{self.config.pos}' has no positions beyond it; shorten the text, or train with "
-                f"a relative encoding such as --pos rope"
-            )
-        pos = torch.arange(start, start + T, device=idx.device)  # (T,)
+        if pos is None:
+            start = cache.seen if cache else 0
+            self.check_length(start + idx.size(1))
+            pos = torch.arange(start, start + idx.size(1), device=idx.device)
         x = self.transformer.wte(idx)  # (B, T, C)
         embedded = wpe.embed(pos)
         if embedded is not None:
@@ -888,35 +894,46 @@ class GPT(nn.Module):
             x = block(x, rotation, masks[windows[i]], cache.layers[i] if cache else None)
         return self.transformer.ln_f(x)
 
+    def check_length(self, length):
+        """ValueError when the model has no positions for so many tokens."""
+        if length > self.config.block_size and not self.transformer.wpe.extrapolates:
+            raise ValueError(
+                f"{length} tokens are more than block_size {self.config.block_size}, and pos "
+                f"'{self.config.pos}' has no positions beyond it; shorten the text, or train with "
+                f"a relative encoding such as --pos rope"
+            )
+
     def masks(self, pos, idx, cache):
         """What the tokens idx (B, T) at pos (T,) may attend to: {window: a mask as attention_mask
         or window_masks makes it, or None for plain causal attention}, one for all layers of that
         window."""
         config, wpe, T = self.config, self.transformer.wpe, len(pos)
-        flex, tags = config.attention_kernel == "flex" and not cache, (pos,)
+        flex = config.attention_kernel == "flex" and not cache
+        attended = cache.place(pos) if cache else {}
+        docs = None
         if config.document_mask:  # the end-of-text token begins a document
-            begun = (idx == config.vocab_used - 1).cumsum(1)
-            tags = (pos, begun + (cache.documents if cache else 0))  # (T,), (B, T)
-        attended = cache.place(*tags) if cache else {}
+            docs = (idx == config.vocab_used - 1).cumsum(1)  # (B, T)
+            docs = cache.number_documents(pos, docs) if cache else docs
         masks = {}
         for i, window in enumerate(config.windows):
             if window in masks:
                 continue
             if config.attention == "linformer":
-                start = cache.layers[i].start if cache else 0
+                start = cache.layers[i].ring.start if cache else 0
                 masks[window] = linformer_mask(start, T, config, wpe, pos.device)
                 continue
-            k_pos, *k_doc = attended[cache.layers[i].size] if cache else tags
+            k_pos = attended[cache.layers[i].ring.size] if cache else pos
             if k_pos is pos and 0 < window < T and not flex:
-                masks[window] = window_masks(pos, window, wpe, *k_doc)
+                masks[window] = window_masks(pos, window, wpe, docs)
                 continue
             bias = wpe.bias(pos, k_pos)
             if k_pos is pos and bias is None and not config.document_mask and not flex:
                 masks[window] = None
                 continue
-            make = flex_mask if flex else attention_mask
-            docs = (tags[1], *k_doc) if config.document_mask else ()
-            masks[window] = make(pos, k_pos, window, bias, *docs)
+            make, k_docs = flex_mask if flex else attention_mask, docs
+            if config.document_mask and k_pos is not pos:
+                k_docs = cache.documents_at(k_pos)
+            masks[window] = make(pos, k_pos, window, bias, docs, k_docs)
         return masks
 
     @torch.no_grad()
@@ -966,17 +983,21 @@ class GPT(nn.Module):
         are faster in fp32 on most CPUs.
         """
         cache = KVCache(self.config, idx.size(1) + max_new_tokens) if use_cache else None
-        model, fresh = self, idx
-        for _ in range(max_new_tokens):
-            with sdpa_kernel(ANY_LENGTH):
-                x = model.features(fresh if use_cache else idx, cache)
-            logits = model.logits(x[:, -1]).float()[:, : self.config.vocab_used]  # (B, V used)
+        step, fresh = functools.partial(self.next_logits, cache=cache), idx
+        for i in range(max_new_tokens):
+            logits = step(fresh if use_cache else idx)
             fresh = sample_token(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
             idx = torch.cat((idx, fresh), dim=1)
             yield fresh[:, 0]
-            if decoder is not None and model is self:
-                model = decoder
+            if decoder is not None and i == 0:
                 cache.to(decoder.lm_head.weight.dtype)
+                step = decode_step(decoder, cache)
+
+    def next_logits(self, idx, cache=None, pos=None):
+        """idx (B, T), pos (T,) as for features -> (B, V used) fp32, the logits of what follows."""
+        with sdpa_kernel(ANY_LENGTH):
+            x = self.features(idx, cache, pos)
+        return self.logits(x[:, -1]).float()[:, : self.config.vocab_used]
 
     def generate(self, idx, max_new_tokens, *args, **kwargs):
         """idx (B, T) -> (B, T + max_new_tokens); the options are those of stream."""
@@ -1089,6 +1110,64 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
         beyond[:, 0] = False
         logits = logits.scatter(1, order, ordered.masked_fill(beyond, -math.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def decode_step(model, cache):
+    """A function from the one token that continues each row of a cache, (B, 1), to the logits of
+    the next, (B, V used): model.next_logits, on CUDA as a graph."""
+    # a linformer's masks grow with the number of segments
+    if cache.layers[0].k.is_cuda and model.config.attention != "linformer":
+        try:
+            return GraphedStep(model, cache)
+        except RuntimeError as error:  # slower without, but the same
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"no CUDA graph ({reason}): decoding without", stacklevel=2)
+    return functools.partial(model.next_logits, cache=cache)
+
+
+class GraphedStep:
+    """decode_step as a CUDA graph, which launches all its kernels at once: one by one that takes
+    many times as long as to run them. It reads the token and its position from two tensors."""
+
+    def __init__(self, model, cache):
+        k = cache.layers[0].k
+        self.model, self.cache = model, cache
+        self.token = torch.zeros(len(k), 1, dtype=torch.int64, device=k.device)
+        self.pos = torch.full((1,), cache.seen, device=k.device)
+        self.replay = record(self.step)  # what it leaves in the cache, the first token overwrites
+
+    def step(self):
+        seen = self.cache.seen
+        logits = self.model.next_logits(self.token, self.cache, self.pos)
+        self.cache.seen = seen  # counted below: Python does not run when a graph does
+        return logits
+
+    def __call__(self, token):
+        self.model.check_length(self.cache.seen + 1)
+        self.token.copy_(token)
+        logits = self.replay()
+        self.pos += 1
+        self.cache.seen += 1
+        return logits
+
+
+def record(step):
+    """Record the kernels of step() -> a function that runs them again and returns the tensor that
+    step() did, with new content."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # libraries make at their first call what cannot be recorded
+    torch.cuda.current_stream().wait_stream(stream)
+    # another thread of the page may be at work on the card meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = step()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
 
 
 def latest_step(run):

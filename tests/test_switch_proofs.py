@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model as model_file
 import switches
@@ -222,6 +224,63 @@ def test_a_decoder_in_another_dtype_takes_over_after_the_prompt(pos):
     for p in coarse.parameters():  # one that surely says something else shows that it is asked
         p.data *= -1
     assert not torch.equal(model.generate(idx, 15, temperature=0, decoder=coarse), want)
+
+
+class Recorder(TorchDispatchMode):
+    """model.record on a CPU. Like a CUDA graph, what it records is kernels alone: their results
+    come to lie where they first did, Python does not run again, and no value reaches it."""
+
+    HOST = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+
+    def __init__(self, step):
+        super().__init__()
+        self.calls = []
+        with self:
+            self.result = step()
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        assert kernel not in self.HOST, "a value would leave the device, or come from the host"
+        out = kernel(*args, **(kwargs or {}))
+        self.calls.append((kernel, args, kwargs or {}, out))
+        return out
+
+    def __call__(self):
+        for kernel, args, kwargs, out in self.calls:
+            again = kernel(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        return self.result
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(model_file, "record", Recorder)
+    monkeypatch.setattr(model_file, "decode_step", model_file.GraphedStep)
+
+
+@pytest.mark.parametrize("changes", [c for c in VARIANTS if "attention" not in c], ids=str)
+def test_a_recorded_step_decodes_as_whole_passes_do(changes, recorded):
+    config = tiny(**changes)
+    model, idx = build(config), tokens()[:, :7]
+    new = 16 if POSITIONS[config.pos].extrapolates else config.block_size - 7
+    want = model.generate(idx, new, temperature=0, use_cache=False)
+    assert torch.equal(model.generate(idx, new, temperature=0, decoder=model), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.filterwarnings("error:no CUDA graph")
+def test_a_cuda_graph_decodes_as_whole_passes_do(changes):
+    model, idx = build(tiny(**changes)).cuda(), tokens()[:, :7].cuda()
+    want = model.generate(idx, 16, temperature=0, use_cache=False)
+    assert torch.equal(model.generate(idx, 16, temperature=0, decoder=model), want)
+
+
+def test_a_recorded_step_still_knows_the_models_last_position(recorded):
+    model, idx = build(tiny(block_size=12)), tokens()[:, :8]
+    with pytest.raises(ValueError, match="13 tokens are more than block_size 12"):
+        model.generate(idx, 6, temperature=0, decoder=model)
 
 
 def test_linformer_equals_attention_over_summaries_written_out():

@@ -650,6 +650,7 @@ def pass_over_blocks(config, window):
     device = pick_device(config.device)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(**config.gpt, window=window)).to(device)
+    train_gpt2.keep_freed_memory()
     idx = torch.randint(EOT, (1, config.block_size), device=device)
 
     def run():

@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import warnings
 import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -579,7 +578,7 @@ class Ring:
     def positions(self, newest):
         """The position in each slot, (size,), once position `newest`, (), is the last."""
         behind = (newest - torch.arange(self.size, device=newest.device)) % self.size
-        return torch.where(behind <= newest, newest - behind, self.FAR)
+        return (newest - behind).masked_fill(behind > newest, self.FAR)
 
 
 class LayerCache:
@@ -978,9 +977,8 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest
         likeliest whose probabilities reach p. Padding ids (vocab_used and up) are never drawn.
-        decoder: a copy of the model in another dtype that takes over after the prompt. Each token
-        must read all weights, and in bf16 they are half as large; the products of a long prompt
-        are faster in fp32 on most CPUs.
+        decoder: what takes over after the prompt, see sample.py: from the cache it makes a function
+        of the newest tokens (B, 1), whose result is next_logits'.
         """
         cache = KVCache(self.config, idx.size(1) + max_new_tokens) if use_cache else None
         step, fresh = functools.partial(self.next_logits, cache=cache), idx
@@ -990,8 +988,7 @@ class GPT(nn.Module):
             idx = torch.cat((idx, fresh), dim=1)
             yield fresh[:, 0]
             if decoder is not None and i == 0:
-                cache.to(decoder.lm_head.weight.dtype)
-                step = decode_step(decoder, cache)
+                step = decoder(cache)
 
     def next_logits(self, idx, cache=None, pos=None):
         """idx (B, T), pos (T,) as for features -> (B, V used) fp32, the logits of what follows."""
@@ -1110,64 +1107,6 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
         beyond[:, 0] = False
         logits = logits.scatter(1, order, ordered.masked_fill(beyond, -math.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-def decode_step(model, cache):
-    """A function from the one token that continues each row of a cache, (B, 1), to the logits of
-    the next, (B, V used): model.next_logits, on CUDA as a graph."""
-    # a linformer's masks grow with the number of segments
-    if cache.layers[0].k.is_cuda and model.config.attention != "linformer":
-        try:
-            return GraphedStep(model, cache)
-        except RuntimeError as error:  # slower without, but the same
-            reason = str(error).splitlines()[0]
-            warnings.warn(f"no CUDA graph ({reason}): decoding without", stacklevel=2)
-    return functools.partial(model.next_logits, cache=cache)
-
-
-class GraphedStep:
-    """decode_step as a CUDA graph, which launches all its kernels at once: one by one that takes
-    many times as long as to run them. It reads the token and its position from two tensors."""
-
-    def __init__(self, model, cache):
-        k = cache.layers[0].k
-        self.model, self.cache = model, cache
-        self.token = torch.zeros(len(k), 1, dtype=torch.int64, device=k.device)
-        self.pos = torch.full((1,), cache.seen, device=k.device)
-        self.replay = record(self.step)  # what it leaves in the cache, the first token overwrites
-
-    def step(self):
-        seen = self.cache.seen
-        logits = self.model.next_logits(self.token, self.cache, self.pos)
-        self.cache.seen = seen  # counted below: Python does not run when a graph does
-        return logits
-
-    def __call__(self, token):
-        self.model.check_length(self.cache.seen + 1)
-        self.token.copy_(token)
-        logits = self.replay()
-        self.pos += 1
-        self.cache.seen += 1
-        return logits
-
-
-def record(step):
-    """Record the kernels of step() -> a function that runs them again and returns the tensor that
-    step() did, with new content."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # libraries make at their first call what cannot be recorded
-    torch.cuda.current_stream().wait_stream(stream)
-    # another thread of the page may be at work on the card meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = step()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
 
 
 def latest_step(run):

@@ -7,8 +7,10 @@ Checkpoint -> text. CHECKPOINT is a run or step folder, a Hugging Face folder or
 
 import contextlib
 import copy
+import functools
 import re
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -156,11 +158,76 @@ def draw(model, ids, config, eot):
 
 
 def decoder(model, dtype, rows):
-    """The copy of the model, its weights in half precision, that GPT.stream decodes `rows` texts
-    with; None where that is not faster. dtype is that of the matrix products."""
+    """What GPT.stream is to decode `rows` texts with: a copy of the model, its weights in half
+    precision; None where that is not faster. dtype is that of the matrix products. Each token must
+    read all weights; the products of a long prompt are faster in fp32 on most CPUs."""
     if next(model.parameters()).device.type == "cpu" and rows <= 4:
-        dtype = torch.bfloat16  # reading the weights is all that a token costs
-    return None if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+        dtype = torch.bfloat16
+    if dtype == torch.float32:
+        return None
+    return functools.partial(decode_step, copy.deepcopy(model).to(dtype))
+
+
+def decode_step(model, cache):
+    """The function that maps the newest token of every row of a KVCache, (B, 1), to the logits of
+    the next, (B, V used): the model's next_logits, on CUDA as a graph."""
+    cache.to(model.lm_head.weight.dtype)
+    # a linformer's masks grow with the number of segments
+    if cache.layers[0].k.is_cuda and model.config.attention != "linformer":
+        try:
+            return GraphedStep(model, cache)
+        except RuntimeError as error:  # slower without, but the same
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"no CUDA graph ({reason}): decoding without", stacklevel=2)
+    return functools.partial(model.next_logits, cache=cache)
+
+
+class GraphedStep:
+    """decode_step as a CUDA graph, which launches all its kernels at once: one by one that takes
+    many times as long as to run them. It reads the token and its position from two tensors."""
+
+    def __init__(self, model, cache):
+        k = cache.layers[0].k
+        self.model, self.cache = model, cache
+        self.token = torch.zeros(len(k), 1, dtype=torch.int64, device=k.device)
+        self.pos = torch.full((1,), cache.seen, device=k.device)
+        # what this leaves in the cache, the first token overwrites
+        self.replay = record(self.step, k.device)
+
+    def step(self):
+        seen = self.cache.seen
+        try:
+            return self.model.next_logits(self.token, self.cache, self.pos)
+        finally:
+            self.cache.seen = seen  # counted below: Python does not run when a graph does
+
+    def __call__(self, token):
+        self.model.check_length(self.cache.seen + 1)
+        self.token.copy_(token)
+        logits = self.replay()
+        self.pos += 1
+        self.cache.seen += 1
+        return logits
+
+
+def record(step, device):
+    """Record the kernels that step() launches on a CUDA device -> a function that runs them again
+    and returns the tensor that step() did, with new content."""
+    with torch.cuda.device(device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # libraries make at their first call what cannot be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        # other threads of the page may be at work on the card meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = step()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
 
 
 def load(checkpoint, device="auto"):

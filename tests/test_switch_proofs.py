@@ -6,8 +6,10 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_file
+import sample
 import switches
 from model import (
     ATTENTIONS,
@@ -214,25 +217,30 @@ def test_window_chunks_make_up_the_whole_mask(pos, T, window, document_mask):
     assert all(keys.stop - keys.start < window + rows.stop - rows.start for rows, keys, _ in chunks)
 
 
+def decoder(model):
+    """What sample.py gives GPT.stream, for any dtype."""
+    return partial(sample.decode_step, model)
+
+
 @pytest.mark.parametrize("pos", POSITIONS)
 def test_a_decoder_in_another_dtype_takes_over_after_the_prompt(pos):
     model = build(tiny(pos=pos, window=9, document_mask=True))
     fine, idx = copy.deepcopy(model).double(), tokens()[:, :12]
     want = fine.generate(idx, 15, temperature=0, use_cache=False)
-    assert torch.equal(model.generate(idx, 15, temperature=0, decoder=fine), want)
+    assert torch.equal(model.generate(idx, 15, temperature=0, decoder=decoder(fine)), want)
     coarse = copy.deepcopy(model)
     for p in coarse.parameters():  # one that surely says something else shows that it is asked
         p.data *= -1
-    assert not torch.equal(model.generate(idx, 15, temperature=0, decoder=coarse), want)
+    assert not torch.equal(model.generate(idx, 15, temperature=0, decoder=decoder(coarse)), want)
 
 
 class Recorder(TorchDispatchMode):
-    """model.record on a CPU. Like a CUDA graph, what it records is kernels alone: their results
+    """sample.record on a CPU. Like a CUDA graph, what it records is kernels alone: their results
     come to lie where they first did, Python does not run again, and no value reaches it."""
 
     HOST = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
 
-    def __init__(self, step):
+    def __init__(self, step, device):
         super().__init__()
         self.calls = []
         with self:
@@ -255,8 +263,8 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    monkeypatch.setattr(model_file, "record", Recorder)
-    monkeypatch.setattr(model_file, "decode_step", model_file.GraphedStep)
+    monkeypatch.setattr(sample, "record", Recorder)
+    monkeypatch.setattr(sample, "decode_step", sample.GraphedStep)
 
 
 @pytest.mark.parametrize("changes", [c for c in VARIANTS if "attention" not in c], ids=str)
@@ -265,7 +273,7 @@ def test_a_recorded_step_decodes_as_whole_passes_do(changes, recorded):
     model, idx = build(config), tokens()[:, :7]
     new = 16 if POSITIONS[config.pos].extrapolates else config.block_size - 7
     want = model.generate(idx, new, temperature=0, use_cache=False)
-    assert torch.equal(model.generate(idx, new, temperature=0, decoder=model), want)
+    assert torch.equal(model.generate(idx, new, temperature=0, decoder=decoder(model)), want)
 
 
 @pytest.mark.gpu
@@ -274,13 +282,25 @@ def test_a_recorded_step_decodes_as_whole_passes_do(changes, recorded):
 def test_a_cuda_graph_decodes_as_whole_passes_do(changes):
     model, idx = build(tiny(**changes)).cuda(), tokens()[:, :7].cuda()
     want = model.generate(idx, 16, temperature=0, use_cache=False)
-    assert torch.equal(model.generate(idx, 16, temperature=0, decoder=model), want)
+    assert torch.equal(model.generate(idx, 16, temperature=0, decoder=decoder(model)), want)
+
+
+def test_where_nothing_can_be_recorded_decoding_goes_on_without(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(sample, "GraphedStep", fails)
+    model, on_card = build(tiny()), SimpleNamespace(k=SimpleNamespace(is_cuda=True))
+    cache = SimpleNamespace(layers=[on_card], to=lambda dtype: None)
+    with pytest.warns(UserWarning, match="no CUDA graph .operation not permitted.: decoding"):
+        step = sample.decode_step(model, cache)
+    assert step.func == model.next_logits and step.keywords == {"cache": cache}
 
 
 def test_a_recorded_step_still_knows_the_models_last_position(recorded):
     model, idx = build(tiny(block_size=12)), tokens()[:, :8]
     with pytest.raises(ValueError, match="13 tokens are more than block_size 12"):
-        model.generate(idx, 6, temperature=0, decoder=model)
+        model.generate(idx, 6, temperature=0, decoder=decoder(model))
 
 
 def test_linformer_equals_attention_over_summaries_written_out():

@@ -375,7 +375,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, nkv, Tk, hs)
-        y = self.attend(q, k, v, mask, cache)  # (B, nh, T, hs)
+        # a cache may hold another dtype
+        y = self.attend(q.type_as(k), k, v, mask, cache).type_as(q)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -428,7 +429,8 @@ class Linformer(Attention):
     def summarize(self, x, proj, n):
         """(B, nh, end, S, hs) -> every segment's summaries, once per query segment:
         (B, nh, n, end R, hs)."""
-        past = proj(x.transpose(3, 4)).transpose(3, 4).flatten(2, 3)  # (B, nh, end R, hs)
+        past = F.linear(x.transpose(3, 4), proj.weight.type_as(x)).transpose(3, 4)
+        past = past.flatten(2, 3)  # (B, nh, end R, hs)
         return past[:, :, None].expand(-1, -1, n, -1, -1).type_as(x)
 
 
@@ -589,10 +591,11 @@ class LayerCache:
 
     def update(self, k, v):
         """Store k, v (B, nkv, T, hs) of the newest positions -> what their queries attend to."""
-        ring, new = self.ring, (k, v)
+        ring = self.ring
         if self.k is None:
             self.k = k.new_zeros(*k.shape[:2], ring.size, k.size(3))
             self.v = torch.zeros_like(self.k)
+        new = k, v = k.type_as(self.k), v.type_as(self.v)
         if ring.seen_as == "both":
             new = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
         self.k[:, :, ring.slots] = k[:, :, -ring.size :]
@@ -1096,17 +1099,19 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
     """Draw one token a row: logits (B, V) -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    nucleus = top_p is not None and top_p < 1
+    ids = None  # of the candidates, the likeliest first: to draw from a few is much faster
     if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probs = ordered.softmax(-1)
+        logits, ids = logits.topk(min(top_k, logits.size(-1)))
+    elif nucleus:
+        logits, ids = logits.sort(descending=True)
+    probs = (logits / temperature).softmax(-1)
+    if nucleus:
         beyond = probs.cumsum(-1) - probs >= top_p  # reached before this token, so not needed
         beyond[:, 0] = False
-        logits = logits.scatter(1, order, ordered.masked_fill(beyond, -math.inf))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        probs = probs.masked_fill(beyond, 0)
+    drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1), makes them sum to 1
+    return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
 
 
 def latest_step(run):

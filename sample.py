@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn as nn
 from tyro.conf import Positional
 
 import cli
@@ -161,25 +162,53 @@ def decoder(model, dtype, rows):
     """What GPT.stream is to decode `rows` texts with: a copy of the model, its weights in half
     precision; None where that is not faster. dtype is that of the matrix products. Each token must
     read all weights; the products of a long prompt are faster in fp32 on most CPUs."""
-    if next(model.parameters()).device.type == "cpu" and rows <= 4:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and rows <= 4:
         dtype = torch.bfloat16
     if dtype == torch.float32:
         return None
-    return functools.partial(decode_step, copy.deepcopy(model).to(dtype))
+    model = copy.deepcopy(model).to(dtype)
+    if on_cpu and dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+        for module in list(model.modules()):
+            for name in ("c_attn", "c_proj", "c_fc", "lm_head"):
+                if hasattr(module, name):
+                    setattr(module, name, PackedLinear(getattr(module, name)))
+    return functools.partial(decode_step, model)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose bf16 weight lies as oneDNN likes to read it, which torch.compile would
+    do too after half a minute: the same result, for a few rows 1.4 to 2 times as fast."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def decode_step(model, cache):
     """The function that maps the newest token of every row of a KVCache, (B, 1), to the logits of
     the next, (B, V used): the model's next_logits, on CUDA as a graph."""
-    cache.to(model.lm_head.weight.dtype)
+    device = cache.layers[0].k.device
+    # CPUs attend from one query several times as fast in fp32
+    cache.to(torch.float32 if device.type == "cpu" else model.lm_head.weight.dtype)
     # a linformer's masks grow with the number of segments
-    if cache.layers[0].k.is_cuda and model.config.attention != "linformer":
+    if device.type == "cuda" and model.config.attention != "linformer":
         try:
             return GraphedStep(model, cache)
         except RuntimeError as error:  # slower without, but the same
             reason = str(error).splitlines()[0]
             warnings.warn(f"no CUDA graph ({reason}): decoding without", stacklevel=2)
-    return functools.partial(model.next_logits, cache=cache)
+    return functools.partial(in_own_dtype, model, cache)
+
+
+def in_own_dtype(model, cache, token, pos=None):
+    """next_logits without autocast: the weights have been cast."""
+    with autocast(token.device, torch.float32):
+        return model.next_logits(token, cache, pos)
 
 
 class GraphedStep:
@@ -197,7 +226,7 @@ class GraphedStep:
     def step(self):
         seen = self.cache.seen
         try:
-            return self.model.next_logits(self.token, self.cache, self.pos)
+            return in_own_dtype(self.model, self.cache, self.token, self.pos)
         finally:
             self.cache.seen = seen  # counted below: Python does not run when a graph does
 

@@ -720,17 +720,20 @@ def naive_distribution(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("top_k", [None, 1, 3, 100])
 @pytest.mark.parametrize("top_p", [None, 1.0, 0.9, 0.3, 1e-9])
 def test_top_k_and_top_p_draw_from_the_right_distribution(temperature, top_k, top_p, monkeypatch):
-    drawn_from, multinomial = [], torch.multinomial
-
-    def spy(probs, *args, **kwargs):
-        drawn_from.append(probs)
-        return multinomial(probs, *args, **kwargs)
-
-    monkeypatch.setattr(torch, "multinomial", spy)
     logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)) * 2
-    drawn = m.sample_token(logits, temperature, top_k, top_p)
-    assert drawn.shape == (3,)
-    for row, probs in zip(logits.tolist(), drawn_from[0].tolist(), strict=True):
+    found, rows, candidate, weights = torch.zeros(3, 12), torch.arange(3), 0, torch.ones(3, 1)
+
+    def draw(probs, n, generator):  # each candidate in turn
+        nonlocal weights
+        weights = probs / probs.sum(1, keepdim=True)
+        return torch.full((3, 1), candidate)
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    while candidate < weights.size(1):
+        ids = m.sample_token(logits, temperature, top_k, top_p)  # (3,)
+        found[rows, ids] += weights[:, candidate]
+        candidate += 1
+    for row, probs in zip(logits.tolist(), found.tolist(), strict=True):
         assert probs == pytest.approx(naive_distribution(row, temperature, top_k, top_p), abs=1e-5)
 
 

@@ -234,6 +234,31 @@ def test_a_decoder_in_another_dtype_takes_over_after_the_prompt(pos):
     assert not torch.equal(model.generate(idx, 15, temperature=0, decoder=decoder(coarse)), want)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(pos="rope", mlp="swiglu", bias=False, n_kv_head=2, tie_embeddings=False),
+        dict(pos="fire", window=5, window_pattern="SL", document_mask=True),
+        dict(attention="linformer", linformer_segment=4, linformer_rank=2),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_the_half_precision_decoder_says_what_whole_passes_say(changes):
+    model, idx = build(tiny(**changes), scale=2.0), tokens()
+    for p in model.parameters():
+        if p.dim() == 1:  # biases, which begin at 0
+            p += 0.1 * torch.randn_like(p)
+    cache = KVCache(model.config, 23)
+    model.next_logits(idx[:, :9], cache)
+    step = sample.decoder(model, torch.bfloat16, rows=2)(cache)
+    for t in range(9, 23):
+        want = model(idx[:, : t + 1])[0][:, -1, : model.config.vocab_used]
+        got = step(idx[:, t : t + 1])
+        assert (got - want).abs().max() < 0.03 * want.abs().max()
+
+
 class Recorder(TorchDispatchMode):
     """sample.record on a CPU. Like a CUDA graph, what it records is kernels alone: their results
     come to lie where they first did, Python does not run again, and no value reaches it."""
@@ -290,11 +315,11 @@ def test_where_nothing_can_be_recorded_decoding_goes_on_without(monkeypatch):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(sample, "GraphedStep", fails)
-    model, on_card = build(tiny()), SimpleNamespace(k=SimpleNamespace(is_cuda=True))
+    model, on_card = build(tiny()), SimpleNamespace(k=SimpleNamespace(device=torch.device("cuda")))
     cache = SimpleNamespace(layers=[on_card], to=lambda dtype: None)
     with pytest.warns(UserWarning, match="no CUDA graph .operation not permitted.: decoding"):
         step = sample.decode_step(model, cache)
-    assert step.func == model.next_logits and step.keywords == {"cache": cache}
+    assert step.func == sample.in_own_dtype and step.args == (model, cache)
 
 
 def test_a_recorded_step_still_knows_the_models_last_position(recorded):

@@ -564,16 +564,18 @@ class Ring:
     def __init__(self, size):
         self.size = size
 
-    def place(self, start, pos):
+    def place(self, start, pos, static):
         """The keys of the positions pos (T,), from start on, come next -> (Tk,) the positions of
-        what their queries attend to; pos itself where that is nothing else."""
+        what their queries attend to; pos itself where that is nothing else. static: empty slots
+        are among them, so that Tk stays the same."""
         self.start, self.slots, T = start, pos[-self.size :] % self.size, len(pos)
         if start == 0 and T > 1:
             self.seen_as = "chunk"  # nothing came before: the chunk attends to itself
             return pos
         if T == 1 or start + T <= self.size:
             self.seen_as = "ring"  # what is overwritten is out of every query's window
-            return self.positions(pos[-1])
+            self.filled = self.size if static else min(self.size, start + T)
+            return self.positions(pos[-1])[: self.filled]
         self.seen_as = "both"  # the first queries need what the last keys overwrite
         return torch.cat((self.positions(pos[0] - 1), pos))
 
@@ -600,7 +602,9 @@ class LayerCache:
             new = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
         self.k[:, :, ring.slots] = k[:, :, -ring.size :]
         self.v[:, :, ring.slots] = v[:, :, -ring.size :]
-        return (self.k, self.v) if ring.seen_as == "ring" else new
+        if ring.seen_as == "ring":
+            return self.k[:, :, : ring.filled], self.v[:, :, : ring.filled]
+        return new
 
 
 class KVCache:
@@ -610,7 +614,7 @@ class KVCache:
     """
 
     def __init__(self, config, length):
-        self.length, self.seen = length, 0
+        self.length, self.seen, self.static = length, 0, False
         sizes = [min(w, length) if w else length for w in config.windows]
         self.rings = {size: Ring(size) for size in sizes}
         self.layers = [LayerCache(self.rings[size]) for size in sizes]
@@ -623,7 +627,8 @@ class KVCache:
         if start + T > self.length:
             raise ValueError(f"the cache holds {self.length} positions, {T} more do not fit")
         self.seen += T
-        return {size: ring.place(start, pos) for size, ring in self.rings.items()}
+        rings = self.rings.items()
+        return {size: ring.place(start, pos, self.static) for size, ring in rings}
 
     def number_documents(self, pos, begun):
         """Count on: begun (B, T), the documents that began since pos[0] -> (B, T) the document of

@@ -217,7 +217,7 @@ class GraphedStep:
 
     def __init__(self, model, cache):
         k = cache.layers[0].k
-        self.model, self.cache = model, cache
+        self.model, self.cache, cache.static = model, cache, True
         self.token = torch.zeros(len(k), 1, dtype=torch.int64, device=k.device)
         self.pos = torch.full((1,), cache.seen, device=k.device)
         # what this leaves in the cache, the first token overwrites

@@ -488,7 +488,7 @@ def window_masks(pos, window, wpe, doc=None):
 def window_chunks(T, window, plain):
     """[(slice of queries, slice of keys)]. plain: nothing but the window masks, so that the first
     queries, which reach all keys before them, are one chunk for torch's causal kernel."""
-    step = max(128, T // 16)
+    step = max(192, T // 16)  # for fewer queries torch's CPU kernel takes smaller blocks
     edges = [0, *range(window if plain else step, T, step), T]
     return [(slice(a, b), slice(max(0, a - window + 1), b)) for a, b in itertools.pairwise(edges)]
 
@@ -496,16 +496,27 @@ def window_chunks(T, window, plain):
 def sdpa(q, k, v, mask, dropout):
     """torch's fused attention; no mask means plain causal, for which it has its fastest kernel."""
     if isinstance(mask, list):
-        parts = [
-            sdpa(q[:, :, rows], k[:, :, keys], v[:, :, keys], part, dropout)
-            for rows, keys, part in mask
-        ]
-        return torch.cat(parts, dim=2)
+        return sdpa_in_chunks(q, k, v, mask, dropout)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
     )
+
+
+def sdpa_in_chunks(q, k, v, chunks, dropout):
+    """sdpa with chunks as window_masks makes them. Keys and values are cut at all their edges and
+    put together for every chunk: each slice of them would have a gradient as long as all."""
+    cuts = sorted({edge for _, keys, _ in chunks for edge in (keys.start, keys.stop)})
+    sizes = [b - a for a, b in itertools.pairwise(cuts)]
+    q = q.split([rows.stop - rows.start for rows, _, _ in chunks], dim=2)
+    k, v = k.split(sizes, dim=2), v.split(sizes, dim=2)
+    parts = []
+    for queries, (_, keys, mask) in zip(q, chunks, strict=True):
+        own = slice(cuts.index(keys.start), cuts.index(keys.stop))
+        own_k, own_v = torch.cat(k[own], dim=2), torch.cat(v[own], dim=2)
+        parts.append(sdpa(queries, own_k, own_v, mask, dropout))
+    return torch.cat(parts, dim=2)
 
 
 def sdpa_flash(q, k, v, mask, dropout):
@@ -614,7 +625,8 @@ class KVCache:
     """
 
     def __init__(self, config, length):
-        self.length, self.seen, self.static = length, 0, False
+        self.length, self.seen = length, 0
+        self.static = False  # whether shapes must stay the same, see Ring.place
         sizes = [min(w, length) if w else length for w in config.windows]
         self.rings = {size: Ring(size) for size in sizes}
         self.layers = [LayerCache(self.rings[size]) for size in sizes]
@@ -995,7 +1007,7 @@ class GPT(nn.Module):
             fresh = sample_token(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
             idx = torch.cat((idx, fresh), dim=1)
             yield fresh[:, 0]
-            if decoder is not None and i == 0:
+            if decoder is not None and i == 0 and max_new_tokens > 1:
                 step = decoder(cache)
 
     def next_logits(self, idx, cache=None, pos=None):

@@ -168,11 +168,12 @@ def decoder(model, dtype, rows):
     if dtype == torch.float32:
         return None
     model = copy.deepcopy(model).to(dtype)
+    vars(model).pop("stream", None)  # the page's watcher: it holds the copy, which holds it
     if on_cpu and dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
         for module in list(model.modules()):
             for name in ("c_attn", "c_proj", "c_fc", "lm_head"):
                 if hasattr(module, name):
-                    setattr(module, name, PackedLinear(getattr(module, name)))
+                    setattr(module, name, PackedLinear(getattr(module, name), rows))
     return functools.partial(decode_step, model)
 
 
@@ -180,9 +181,9 @@ class PackedLinear(nn.Module):
     """A linear layer whose bf16 weight lies as oneDNN likes to read it, which torch.compile would
     do too after half a minute: the same result, for a few rows 1.4 to 2 times as fast."""
 
-    def __init__(self, linear):
+    def __init__(self, linear, rows):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
         self.bias = linear.bias
 
     def forward(self, x):
@@ -200,7 +201,8 @@ def decode_step(model, cache):
         try:
             return GraphedStep(model, cache)
         except RuntimeError as error:  # slower without, but the same
-            reason = str(error).splitlines()[0]
+            cache.static = False
+            reason = " ".join(str(error.__context__ or error).split())[:100]
             warnings.warn(f"no CUDA graph ({reason}): decoding without", stacklevel=2)
     return functools.partial(in_own_dtype, model, cache)
 
@@ -216,6 +218,7 @@ class GraphedStep:
     many times as long as to run them. It reads the token and its position from two tensors."""
 
     def __init__(self, model, cache):
+        model.check_length(cache.seen + 1)
         k = cache.layers[0].k
         self.model, self.cache, cache.static = model, cache, True
         self.token = torch.zeros(len(k), 1, dtype=torch.int64, device=k.device)
@@ -245,12 +248,12 @@ def record(step, device):
     with torch.cuda.device(device):
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # its own: torch's default one serves one card
             step()  # libraries make at their first call what cannot be recorded
+            # other threads of the page may be at work on the card meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = step()
         torch.cuda.current_stream().wait_stream(stream)
-        # other threads of the page may be at work on the card meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = step()
 
     def replay():
         graph.replay()

@@ -312,20 +312,25 @@ def test_a_cuda_graph_decodes_as_whole_passes_do(changes):
 
 def test_where_nothing_can_be_recorded_decoding_goes_on_without(monkeypatch):
     def fails(*args):
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        raise RuntimeError("not permitted\nwhen capturing")
 
     monkeypatch.setattr(sample, "GraphedStep", fails)
     model, on_card = build(tiny()), SimpleNamespace(k=SimpleNamespace(device=torch.device("cuda")))
     cache = SimpleNamespace(layers=[on_card], to=lambda dtype: None)
-    with pytest.warns(UserWarning, match="no CUDA graph .operation not permitted.: decoding"):
+    with pytest.warns(UserWarning, match="no CUDA graph .not permitted when capturing.: decoding"):
         step = sample.decode_step(model, cache)
-    assert step.func == sample.in_own_dtype and step.args == (model, cache)
+    assert step.func == sample.in_own_dtype and step.args == (model, cache) and not cache.static
 
 
 def test_a_recorded_step_still_knows_the_models_last_position(recorded):
     model, idx = build(tiny(block_size=12)), tokens()[:, :8]
     with pytest.raises(ValueError, match="13 tokens are more than block_size 12"):
         model.generate(idx, 6, temperature=0, decoder=decoder(model))
+    full = tokens()[:, :12]
+    with pytest.raises(ValueError, match="13 tokens are more than block_size 12"):
+        model.generate(full, 2, temperature=0, decoder=decoder(model))
+    whole = model.generate(full, 1, temperature=0, decoder=decoder(model))
+    assert torch.equal(whole, model.generate(full, 1, temperature=0, use_cache=False))
 
 
 def test_linformer_equals_attention_over_summaries_written_out():

@@ -217,6 +217,26 @@ def test_window_chunks_make_up_the_whole_mask(pos, T, window, document_mask):
     assert all(keys.stop - keys.start < window + rows.stop - rows.start for rows, keys, _ in chunks)
 
 
+@pytest.mark.parametrize("pos", ["rope", "alibi"])
+@pytest.mark.parametrize("window", [1, 40, 192, 300, 499])
+def test_attention_in_chunks_has_the_gradients_of_one_masked_product(window, pos):
+    T, places, wpe = 500, torch.arange(500), POSITIONS[pos](tiny())
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, T, 8, requires_grad=True) for _ in range(3))
+    weights = torch.randn(2, 4, T, 8)
+    behind = places[:, None] - places
+    slopes = torch.tensor([2.0 ** (-2 * h) for h in range(1, 5)])[:, None, None]
+    scores = q @ k.transpose(2, 3) / math.sqrt(8) - (slopes * behind if pos == "alibi" else 0)
+    seen = (behind >= 0) & (behind < window)
+    want = scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
+    chunks = model_file.window_masks(places, window, wpe)
+    assert len(chunks) > 2 or window > T / 2
+    got = model_file.sdpa(q, k, v, chunks, 0.0)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    found, expected = (torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (got, want))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def decoder(model):
     """What sample.py gives GPT.stream, for any dtype."""
     return partial(sample.decode_step, model)

@@ -568,7 +568,7 @@ ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBac
 
 class Ring:
     """Slots for the newest `size` positions: position p lies in slot p % size. Shared by the layers
-    of one window; all in it is a function of tensors, but for which of three cases it is."""
+    of one window. Only which of three cases it is Python decides, so that a graph can replay it."""
 
     FAR = 2**62  # the position of an empty slot: in every query's future, so never visible
 

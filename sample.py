@@ -158,6 +158,15 @@ def draw(model, ids, config, eot):
         yield token
 
 
+def load(checkpoint, device="auto"):
+    """A checkpoint, by path or hub name -> its model and its hf.own_tokenizer."""
+    model = GPT.from_checkpoint(checkpoint).to(pick_device(device)).eval()
+    return model, own_tokenizer(checkpoint, model.config)
+
+
+# ----------------------------------------------------------------------------- the decoder
+
+
 def decoder(model, dtype, rows):
     """What GPT.stream is to decode `rows` texts with: a copy of the model, its weights in half
     precision; None where that is not faster. dtype is that of the matrix products. Each token must
@@ -260,12 +269,6 @@ def record(step, device):
         return result
 
     return replay
-
-
-def load(checkpoint, device="auto"):
-    """A checkpoint, by path or hub name -> its model and its hf.own_tokenizer."""
-    model = GPT.from_checkpoint(checkpoint).to(pick_device(device)).eval()
-    return model, own_tokenizer(checkpoint, model.config)
 
 
 # ----------------------------------------------------------------------------- the chat

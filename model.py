@@ -273,7 +273,7 @@ class Alibi(NoPosition):
     def slopes(self, device=None):
         h = torch.arange(1, self.nh + 1, device=device)
         every_other = (2 * (h - self.below) - 1) / (2 * self.below)
-        return 2.0 ** (-8 * torch.where(h <= self.below, h / self.below, every_other))  # (nh,)
+        return torch.exp2(-8 * torch.where(h <= self.below, h / self.below, every_other))  # (nh,)
 
     def bias(self, q_pos, k_pos):
         slopes = self.slopes(q_pos.device)
@@ -429,9 +429,9 @@ class Linformer(Attention):
     def summarize(self, x, proj, n):
         """(B, nh, end, S, hs) -> every segment's summaries, once per query segment:
         (B, nh, n, end R, hs)."""
-        past = F.linear(x.transpose(3, 4), proj.weight.type_as(x)).transpose(3, 4)
-        past = past.flatten(2, 3)  # (B, nh, end R, hs)
-        return past[:, :, None].expand(-1, -1, n, -1, -1).type_as(x)
+        past = F.linear(x.transpose(3, 4), proj.weight.type_as(x))  # (B, nh, end, hs, R)
+        past = past.transpose(3, 4).flatten(2, 3)  # (B, nh, end R, hs)
+        return past[:, :, None].expand(-1, -1, n, -1, -1)
 
 
 def linformer_mask(start, T, config, wpe, device):
@@ -1003,12 +1003,12 @@ class GPT(nn.Module):
         cache = KVCache(self.config, idx.size(1) + max_new_tokens) if use_cache else None
         step, fresh = functools.partial(self.next_logits, cache=cache), idx
         for i in range(max_new_tokens):
+            if i == 1 and decoder is not None:
+                step = decoder(cache)
             logits = step(fresh if use_cache else idx)
             fresh = sample_token(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
             idx = torch.cat((idx, fresh), dim=1)
             yield fresh[:, 0]
-            if decoder is not None and i == 0 and max_new_tokens > 1:
-                step = decoder(cache)
 
     def next_logits(self, idx, cache=None, pos=None):
         """idx (B, T), pos (T,) as for features -> (B, V used) fp32, the logits of what follows."""

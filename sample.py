@@ -171,14 +171,15 @@ def decoder(model, dtype, rows):
     """What GPT.stream is to decode `rows` texts with: a copy of the model, its weights in half
     precision; None where that is not faster. dtype is that of the matrix products. Each token must
     read all weights; the products of a long prompt are faster in fp32 on most CPUs."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    device = next(model.parameters()).device
+    on_cpu = device.type == "cpu"
     if on_cpu and rows <= 4:
         dtype = torch.bfloat16
     if dtype == torch.float32:
         return None
     model = copy.deepcopy(model).to(dtype)
     vars(model).pop("stream", None)  # the page's watcher: it holds the copy, which holds it
-    if on_cpu and dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+    if on_cpu and dtype == torch.bfloat16 == pick_dtype("auto", device):  # it has units for that
         for module in list(model.modules()):
             for name in ("c_attn", "c_proj", "c_fc", "lm_head"):
                 if hasattr(module, name):

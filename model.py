@@ -364,10 +364,8 @@ class Attention(nn.Module):
     def forward(self, x, rotation, mask, cache=None):
         """x (B, T, C); rotation and mask as GPT.features makes them; cache one layer's KVCache."""
         B, T, C = x.size()
-        q, k, v = self.c_attn(x).split((C, self.nkv * self.hs, self.nkv * self.hs), dim=2)
-        q = q.view(B, T, self.nh, self.hs).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, self.nkv, self.hs).transpose(1, 2)  # (B, nkv, T, hs)
-        v = v.view(B, T, self.nkv, self.hs).transpose(1, 2)  # (B, nkv, T, hs)
+        heads = self.c_attn(x).view(B, T, -1, self.hs).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
+        q, k, v = heads.split((self.nh, self.nkv, self.nkv), dim=1)
         if self.qk_norm:
             # CUDA's autocast runs rms_norm in fp32, and its result must fit beside v in a cache
             q, k = (F.rms_norm(x, (self.hs,)).type_as(v) for x in (q, k))
@@ -500,7 +498,7 @@ def sdpa(q, k, v, mask, dropout):
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+        q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1, dropout_p=dropout
     )
 
 
@@ -611,8 +609,8 @@ class LayerCache:
         new = k, v = k.type_as(self.k), v.type_as(self.v)
         if ring.seen_as == "both":
             new = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
-        self.k[:, :, ring.slots] = k[:, :, -ring.size :]
-        self.v[:, :, ring.slots] = v[:, :, -ring.size :]
+        self.k.index_copy_(2, ring.slots, k[:, :, -ring.size :])
+        self.v.index_copy_(2, ring.slots, v[:, :, -ring.size :])
         if ring.seen_as == "ring":
             return self.k[:, :, : ring.filled], self.v[:, :, : ring.filled]
         return new
@@ -946,7 +944,9 @@ class GPT(nn.Module):
                 masks[window] = window_masks(pos, window, wpe, docs)
                 continue
             bias = wpe.bias(pos, k_pos)
-            if k_pos is pos and bias is None and not config.document_mask and not flex:
+            # one query may see all that a ring keeps, if there are no empty slots
+            plain = k_pos is pos or (T == 1 and not cache.static)
+            if plain and bias is None and not config.document_mask and not flex:
                 masks[window] = None
                 continue
             make, k_docs = flex_mask if flex else attention_mask, docs

@@ -219,7 +219,7 @@ def decode_step(model, cache):
 
 def in_own_dtype(model, cache, token, pos=None):
     """next_logits without autocast: the weights have been cast."""
-    with autocast(token.device, torch.float32):
+    with torch.inference_mode(), autocast(token.device, torch.float32):
         return model.next_logits(token, cache, pos)
 
 

@@ -297,6 +297,7 @@ class Recorder(TorchDispatchMode):
         self.calls.append((kernel, args, kwargs or {}, out))
         return out
 
+    @torch.inference_mode()  # as in the step: what is made in it may be written only there
     def __call__(self):
         for kernel, args, kwargs, out in self.calls:
             again = kernel(*args, **kwargs)

@@ -505,7 +505,7 @@ def tokenize(config):
             config.data = pydocs_parquet(folder)
         if not list(Path(config.data).glob("*.parquet")):
             raise ValueError(f"no parquet file in {config.data}; leave --data out to use pydocs")
-        kinds = ["tiktoken", "tokie"] if fineweb.get_tokie() else ["tiktoken"]
+        kinds = ["tiktoken", "gigatoken"] if fineweb.get_gigatoken() else ["tiktoken"]
         for kind in kinds:
             ours = functools.partial(we_tokenize, tokenizer=kind)
             peer = peer_tokenizes if config.peer else None

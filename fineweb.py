@@ -48,8 +48,8 @@ N_VOCAB = 50257
 LEAST_VOCAB = 257  # all bytes, no merges
 VAL_TOKENS = 10_485_760  # the automatic val shard: 20 batches of 2^19 tokens
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's .bin header: 256 int32
-BATCH_CHARS = 1 << 21  # text in one encoding task; bounds memory and amortises the thread hop
-RS, US = "\x1e", "\x1f"  # marks that encode_texts puts into a text
+BATCH_BYTES = 1 << 21  # text in one encoding task; bounds memory and amortises the thread hop
+FORGET_AFTER = 2048  # tasks: gigatoken remembers words, 100 MB of a million, until it is made anew
 TXT_PIECE = 1 << 22  # a .txt longer than this is encoded piece by piece
 PYDOCS_PACKAGES = (
     "torch", "numpy", "datasets", "huggingface_hub", "pyarrow", "requests", "safetensors",
@@ -62,10 +62,15 @@ GPT2_SHA256 = {  # what tiktoken itself pins
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 # What \s means in GPT-2's pattern; Python's own \s takes four control characters more
 SPACE = "[\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-# GPT-2's pattern but for its look-ahead \s+(?!\S), which costs the regex engine half its speed
-FAST_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+)|\s+"
-TOKIE_VERSION = "0.1.4"
-Record = namedtuple("Record", "file number text is_start done")  # a document, or a piece of one
+GIGATOKEN_VERSION = "0.10.0"
+# Letters and digits to gigatoken, which knows Unicode 17, but not to tiktoken; with rare neighbours
+# of theirs. In UTF-8 each begins with one of these bytes.
+NEW_LETTERS = re.compile(
+    "[\u088f\u0c5c\u0cdc\ua7ce-\ua7f1\U00010940-\U0001e6ff\U0002b73a-\U00033479]"
+)
+NEW_LETTERS_BEGIN = (b"\xe0", b"\xea", b"\xf0")
+# a document, or a piece of one; its text in UTF-8
+Record = namedtuple("Record", "file number text is_start done")
 Batch = namedtuple("Batch", "file numbers tokens starts done")  # encoded records of one file
 Source = namedtuple("Source", "files identity fetch remote")  # files: [[name, bytes], ...]
 
@@ -102,16 +107,15 @@ class Config:
     format: Literal["npy", "bin"] = "npy"
     """npy as build-nanogpt writes it, or bin as llm.c does; train_gpt2.py reads both"""
     workers: int = 0
-    """tokenising threads; 0 = one per core"""
+    """tokenising threads; 0 = one per core. gigatoken takes one"""
     part: str = ""
     """I/N takes every N-th file of the source, from the I-th on. All N parts go into one folder, on
     one machine or on many, in any order; part 1 has the val shard, --max_tokens is shared evenly"""
     vocab_size: int = N_VOCAB
     """ids in the vocabulary: 257 to 50257, which is GPT-2's; fewer are its first ones, then the id
     of end-of-text. A small model spends most of its compute on the head, which shrinks with it"""
-    tokenizer: Literal["auto", "tiktoken", "tokie"] = "auto"
-    """auto takes tokie where it is installed (pip install tokie==0.1.4) and the vocabulary whole:
-    the same ids, faster"""
+    tokenizer: Literal["auto", "tiktoken", "gigatoken"] = "auto"
+    """auto takes gigatoken where it is installed, version 0.10.0: the same ids, far faster"""
     keep_downloads: bool = False
     """keep the hub's files under OUT/downloads instead of deleting each after use"""
 
@@ -124,8 +128,6 @@ class Config:
         if not LEAST_VOCAB <= self.vocab_size <= N_VOCAB:
             limits = f"{LEAST_VOCAB} (the bytes and end-of-text) to {N_VOCAB} (GPT-2's)"
             raise ValueError(f"--vocab_size must be from {limits}, not {self.vocab_size}")
-        if self.tokenizer == "tokie" and self.vocab_size < N_VOCAB:
-            raise ValueError("--tokenizer tokie knows the whole vocabulary only: use auto")
         part = re.fullmatch(r"(\d+)/(\d+)", self.part or "1/1")
         if not part or not 1 <= int(part[1]) <= int(part[2]):
             raise ValueError(f"--part must be I/N with I from 1 to N, not {self.part}")
@@ -152,16 +154,14 @@ def get_tokenizer(vocab=N_VOCAB):
 
     vocab < N_VOCAB: its first vocab - 1 ids, then end-of-text. GPT-2's ids are the 256 bytes and
     the merges in the order they were learnt, so that any beginning is a BPE of its own."""
+    import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    return make_encoding(r50k_pat_str, vocab, {"<|endoftext|>": vocab - 1})
-
-
-def make_encoding(pattern, vocab, special):
-    import tiktoken
-
     ranks = {token: i for token, i in gpt2_ranks().items() if i < vocab - 1}
-    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    special = {"<|endoftext|>": vocab - 1}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -227,83 +227,49 @@ def gpt2_json(added=(), n_vocab=N_VOCAB):
     }
 
 
-@functools.lru_cache(maxsize=1)
-def get_tokie():
-    """tokie's GPT-2 tokenizer, or None where the version that is_odd was proven with is missing."""
+@functools.lru_cache(maxsize=8)
+def get_gigatoken(vocab=N_VOCAB):
+    """gigatoken's tokenizer of the same ids, or None where the version that NEW_LETTERS was proven
+    with is missing."""
     from importlib import metadata
 
     try:
-        if metadata.version("tokie") != TOKIE_VERSION:
+        if metadata.version("gigatoken") != GIGATOKEN_VERSION:
             return None
-        import tokie
+        import gigatoken
     except ImportError:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "tokenizer.json")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(gpt2_json(), file)
-        return tokie.Tokenizer.from_json(path)
+    return gigatoken.Tokenizer.from_json(json.dumps(gpt2_json(n_vocab=vocab)))
 
 
-@functools.lru_cache(maxsize=8)
-def get_fast_tokenizer(vocab=N_VOCAB):
-    """tiktoken with FAST_PATTERN: RS stands for the end-of-text id, US, id `vocab`, cuts and must
-    go."""
-    return make_encoding(FAST_PATTERN, vocab, {RS: vocab - 1, US: vocab})
-
-
-def encode_texts(texts, tokie=None, vocab=N_VOCAB):
-    """[str] -> [(n,) uint32 ids]: encode() of each, several times as fast; tokie: get_tokie(), for
-    the whole vocabulary only."""
-    odd = [is_odd(text) for text in texts]
-    plain = [text for text, o in zip(texts, odd, strict=True) if not o]
+def encode(text, fast=None, vocab=N_VOCAB):
+    """Text in UTF-8 -> (n,) uint32 ids, those of tiktoken's encode_ordinary, also where that one
+    panics. fast: get_gigatoken(vocab)."""
+    if fast and not has_new_letters(text):
+        return fast.encode(text)
+    text = text.decode()
+    ids_of = functools.partial(get_tokenizer(vocab).encode_to_numpy, disallowed_special=())
     try:
-        found = iter(encode_plain(plain, tokie, vocab) if plain else [])
-    except UnicodeEncodeError:  # lone surrogates
-        return [encode(text, vocab) for text in texts]
-    return [encode(text, vocab) if o else next(found) for text, o in zip(texts, odd, strict=True)]
-
-
-def is_odd(text):
-    """Whether encode_plain may take a text otherwise than tiktoken: it holds our own marks, or what
-    tokie sees differently: runs of whitespace with VT or FF, and 's after a tab (found by trying
-    all strings of three characters, of every class there is)."""
-    marks = RS in text or US in text or "\v" in text or "\f" in text
-    return marks or ("\t" in text and "\t'" in text)  # one character is found ten times as fast
-
-
-def encode_plain(texts, tokie, vocab=N_VOCAB):
-    """encode_texts of texts none of which is_odd; UnicodeEncodeError for lone surrogates."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if tokie:
-        ids, lengths = tokie.encode_batch_flat(texts, False)
-        return np.split(ids, np.cumsum(lengths[:-1]).astype(int))
-    # The look-ahead's effect: a run of whitespace before a word leaves its last character to the
-    # next token. Cutting there first, by RE2, comes to the same.
-    joined = pa.scalar(RS + RS.join(texts), pa.large_string())
-    run = f"({SPACE})({SPACE}[^{RS}{SPACE[1:]})"
-    text = pc.replace_substring_regex(joined, run, rf"\1{US}\2").as_py()
-    ids = get_fast_tokenizer(vocab).encode_to_numpy(text, allowed_special="all")
-    ids = ids[ids != vocab]
-    return [part[1:] for part in np.split(ids, np.flatnonzero(ids == vocab - 1))[1:]]
-
-
-def encode(text, vocab=N_VOCAB):
-    """text -> (n,) uint32 ids: tiktoken's encode_ordinary, also where that one panics."""
-    try:
-        return get_tokenizer(vocab).encode_to_numpy(text, disallowed_special=())
-    except UnicodeEncodeError:  # lone surrogates, replaced as encode_ordinary replaces them
-        return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), vocab)
+        return ids_of(text)
     except ValueError:
         # \s+(?!\S) exhausts the regex engine on a very long run of whitespace. It would match all
         # of the run but the last character, so cutting there first leaves the ids as they are.
         runs = re.finditer(SPACE + "{1001,}", text)
         cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
-        if len(cuts) == 2:
-            raise
-        return np.concatenate([encode(text[a:b], vocab) for a, b in itertools.pairwise(cuts)])
+        return np.concatenate([ids_of(text[a:b]) for a, b in itertools.pairwise(cuts)])
+
+
+def has_new_letters(text):
+    # to look for single bytes takes no time, for one character of many some
+    return any(b in text for b in NEW_LETTERS_BEGIN) and bool(NEW_LETTERS.search(text.decode()))
+
+
+def utf8(text):
+    """str -> bytes; lone surrogates, which JSON can hold, replaced as encode_ordinary would."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -529,21 +495,28 @@ def check_ids(path, shard, vocab=N_VOCAB):
 # ---------------------------------------------------------------------------------------------
 # Reading documents. A reader yields (number, text, is_start, fraction of the file read) from
 # record `start` on; numbers may have gaps, and is_start is False for later pieces of a long .txt.
+# A text is a str, None, or bytes of UTF-8: to make strings of parquet takes as long as to read it.
 
 
 def read_parquet(path, start):
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     # the small buffer and no pre-buffering keep a file of one giant row group out of memory
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         if "text" not in file.schema_arrow.names:
             raise ValueError(f"no 'text' column; it has {', '.join(file.schema_arrow.names)}")
+        kind = file.schema_arrow.field("text").type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ValueError(f"its 'text' column is of type {kind}, not string")
         rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         ends = list(itertools.accumulate(rows))
         skip = sum(end <= start for end in ends)  # row groups that lie wholly before `start`
         number = sum(rows[:skip])
         for batch in file.iter_batches(512, range(skip, len(rows)), columns=["text"]):
-            for text in batch.column(0).to_pylist():
+            column = batch.column(0)
+            column.validate(full=True)  # that it is UTF-8
+            for text in column.cast(pa.large_binary()).to_pylist():
                 if number >= start:
                     yield number, text, True, (number + 1) / ends[-1]
                 number += 1
@@ -613,10 +586,11 @@ def read_source(source, position):
         reader = next(READERS[suffix] for suffix in READERS if path.endswith(suffix))
         try:
             for number, text, is_start, part in reader(path, start):
-                if not isinstance(text, str | None):
+                if not isinstance(text, str | bytes | None):
                     raise ValueError(f"record {number} has a {type(text).__name__} as its text")
+                text = utf8(text) if isinstance(text, str) else text or b""
                 done = (before[i] + part * sizes[i]) / max(1, before[-1])
-                yield Record(i, number, text or "", is_start, done)
+                yield Record(i, number, text, is_start, done)
         except Exception as error:  # every reader library raises kinds of its own
             why = first_line(error) + cli.pointer_hint(path)
             raise ValueError(f"cannot read {path}: {why}") from error
@@ -748,15 +722,19 @@ def python_files():
 # Encoding
 
 
-def encode_source(records, workers, tokie=None, vocab=N_VOCAB):
+def encode_source(records, workers, fast=False, vocab=N_VOCAB):
     """Records -> Batches in the same order, encoded by threads (tiktoken lets go of the GIL).
-    At most 2 * workers + 1 batches exist at once, however long the source."""
-    get_tokenizer(vocab), get_fast_tokenizer(vocab)  # once, before the threads ask for them
-    pool, pending = ThreadPoolExecutor(workers), deque()
+    At most 2 * workers + 1 batches exist at once, however long the source. fast: by gigatoken,
+    which one thread at a time may use, and which keeps up with the reading so."""
+    get_tokenizer(vocab)  # once, before the threads ask for it
+    pool, pending = ThreadPoolExecutor(1 if fast else workers), deque()
     try:
-        for group in group_records(records):
+        for i, group in enumerate(group_records(records)):
+            if i and i % FORGET_AFTER == 0:
+                get_gigatoken.cache_clear()
             if group is not None:
-                pending.append(pool.submit(encode_group, group, tokie, vocab))
+                tokenizer = get_gigatoken(vocab) if fast else None
+                pending.append(pool.submit(encode_group, group, tokenizer, vocab))
             while pending and (group is None or len(pending) > 2 * workers):
                 yield pending.popleft().result()
         while pending:
@@ -766,25 +744,25 @@ def encode_source(records, workers, tokie=None, vocab=N_VOCAB):
 
 
 def group_records(records):
-    """Lists of consecutive records of one file, about BATCH_CHARS long; a None passes through."""
-    group, chars = [], 0
+    """Lists of consecutive records of one file, about BATCH_BYTES long; a None passes through."""
+    group, size = [], 0
     for record in records:
-        if group and (record is None or record.file != group[0].file or chars >= BATCH_CHARS):
+        if group and (record is None or record.file != group[0].file or size >= BATCH_BYTES):
             yield group
-            group, chars = [], 0
+            group, size = [], 0
         if record is None:
             yield None
         else:
             group.append(record)
-            chars += len(record.text) + 64  # an empty document takes memory too
+            size += len(record.text) + 64  # an empty document takes memory too
     if group:
         yield group
 
 
-def encode_group(group, tokie=None, vocab=N_VOCAB):
+def encode_group(group, fast=None, vocab=N_VOCAB):
     """[Record] * n -> Batch: tokens (N,) uint16; starts (n + 1,), where in tokens each record
     begins, and numbers (n + 1); the last of each stand for the record after the batch."""
-    found = encode_texts([record.text for record in group], tokie, vocab)
+    found = [encode(record.text, fast, vocab) for record in group]
     lengths = [len(ids) + record.is_start for record, ids in zip(group, found, strict=True)]
     starts = np.cumsum([0, *lengths])
     tokens = np.full(starts[-1], vocab - 1, dtype="<u2")  # what stays of it marks the documents
@@ -970,14 +948,13 @@ def tokenize(config, manifest):
         limit = config.max_tokens // config.parts
         limit += config.first <= config.max_tokens % config.parts
         left = limit - manifest["tokens"]
-    workers = config.workers or os.cpu_count() or 1
-    os.environ.setdefault("RAYON_NUM_THREADS", str(workers))  # tokie's own threads
-    whole = config.vocab_size == N_VOCAB
-    tokie = get_tokie() if whole and config.tokenizer != "tiktoken" else None
-    if config.tokenizer == "tokie" and not tokie:
-        raise ValueError(f"--tokenizer tokie needs `pip install tokie=={TOKIE_VERSION}`")
-    records = read_source(source, position)
-    batches = encode_source(records, workers, tokie, config.vocab_size)
+    fast = config.tokenizer != "tiktoken" and get_gigatoken(config.vocab_size) is not None
+    if config.tokenizer == "gigatoken" and not fast:
+        raise ValueError(
+            f"--tokenizer gigatoken needs `pip install gigatoken=={GIGATOKEN_VERSION}`"
+        )
+    records, workers = read_source(source, position), config.workers or os.cpu_count() or 1
+    batches = encode_source(records, workers, fast, config.vocab_size)
     batches = trim(batches, position["token"], left)
     batches = show_progress(batches, manifest["tokens"], limit)
     sizes = itertools.repeat(config.shard_tokens)

@@ -81,12 +81,11 @@ def write_texts(path, texts):
 @pytest.mark.parametrize("n", [257, 258, N, 4096, 50256, 50257])
 def test_the_ids_are_those_of_a_bpe_of_the_first_merges(n):
     theirs, texts = reference(n), TEXTS + random_texts(300)
-    found = fineweb.encode_texts(texts, None, n)
-    for text, ids in zip(texts, found, strict=True):
-        want = theirs.encode(text).ids
-        assert ids.tolist() == fineweb.encode(text, n).tolist() == want, repr(text)
+    for tokenizer in (None, fineweb.get_gigatoken(n)):
+        found = [fineweb.encode(text.encode(), tokenizer, n).tolist() for text in texts]
+        assert found == [theirs.encode(text).ids for text in texts]
     decode = fineweb.get_tokenizer(n).decode
-    assert decode([i for ids in found for i in ids.tolist()]) == "".join(texts)
+    assert decode([i for ids in found for i in ids]) == "".join(texts)
     assert fineweb.get_tokenizer(n).encode("<|endoftext|>", allowed_special="all") == [n - 1]
 
 
@@ -94,13 +93,14 @@ def test_a_text_of_low_ids_keeps_its_ids():
     whole = fineweb.get_tokenizer()
     low = [text for text in random_texts(2000) if max(whole.encode_ordinary(text)) < 4095]
     assert len(low) > 20
-    for text, ids in zip(low, fineweb.encode_texts(low, None, 4096), strict=True):
+    for text in low:
+        ids = fineweb.encode(text.encode(), None, 4096)
         assert ids.tolist() == whole.encode_ordinary(text)
 
 
 def test_texts_that_tiktoken_alone_cannot_take():
-    odd = ["lone \ud800 surrogate", " " * 100_000 + "x", "\n" * 50_000]
-    for ids, text in zip(fineweb.encode_texts(odd, None, N), odd, strict=True):
+    for text in ("lone \ud800 surrogate", " " * 100_000 + "x", "\n" * 50_000):
+        ids = fineweb.encode(fineweb.utf8(text), None, N)
         assert fineweb.get_tokenizer(N).decode(ids) == text.replace("\ud800", "\ufffd")
         assert max(ids) < N - 1
 
@@ -158,13 +158,6 @@ def test_folders_made_before_the_flag_load_and_resume(tmp_path, capsys):
 
 def test_a_folder_without_a_manifest_is_gpt2s(tmp_path):
     assert fineweb.vocabulary(tmp_path) == 50257
-
-
-def test_tokie_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "get_tokie", None)  # calling it would fail
-    write_texts(tmp_path / "text.jsonl", random_texts(20))
-    flags = ("--source", tmp_path / "text.jsonl", "--out", tmp_path / "out", "--vocab_size", N)
-    assert run(fineweb.main, *flags, "--tokenizer", "auto") == 0
 
 
 # ----------------------------------------------------------------------------- a run

@@ -507,14 +507,15 @@ def read_parquet(path, start):
         if "text" not in file.schema_arrow.names:
             raise ValueError(f"no 'text' column; it has {', '.join(file.schema_arrow.names)}")
         kind = file.schema_arrow.field("text").type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
             raise ValueError(f"its 'text' column is of type {kind}, not string")
         rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         ends = list(itertools.accumulate(rows))
         skip = sum(end <= start for end in ends)  # row groups that lie wholly before `start`
         number = sum(rows[:skip])
         for batch in file.iter_batches(512, range(skip, len(rows)), columns=["text"]):
-            column = batch.column(0)
+            column = batch.column(0).cast(pa.large_string())
             column.validate(full=True)  # that it is UTF-8
             for text in column.cast(pa.large_binary()).to_pylist():
                 if number >= start:
@@ -726,7 +727,8 @@ def encode_source(records, workers, fast=False, vocab=N_VOCAB):
     """Records -> Batches in the same order, encoded by threads (tiktoken lets go of the GIL).
     At most 2 * workers + 1 batches exist at once, however long the source. fast: by gigatoken,
     which one thread at a time may use, and which keeps up with the reading so."""
-    get_tokenizer(vocab)  # once, before the threads ask for it
+    if not fast:
+        get_tokenizer(vocab)  # once, before the threads ask for it
     pool, pending = ThreadPoolExecutor(1 if fast else workers), deque()
     try:
         for i, group in enumerate(group_records(records)):

@@ -188,7 +188,7 @@ def fuzzed(count, seed):
 
 def test_gigatoken_gives_the_same_ids_on_nasty_texts(fast):
     fast(NASTY)
-    fast(["", "a", "\t's", "x  \u2003\vy", "<|endoftext|>", "\ud800 alone"])
+    fast(["", "a", "\t's", "x  \u2003\vy", "<|endoftext|>", "\ud800 alone", "\U000323f6\u6d51"])
 
 
 def test_gigatoken_gives_the_same_ids_on_all_short_strings(fast):
@@ -592,6 +592,47 @@ def test_reading_never_runs_ahead(monkeypatch):
         seen += len(batch.numbers) - 1
         assert pulled - seen <= 2 * (2 * 3 + 2)
     assert seen == 1000
+
+
+def test_gigatoken_forgets(tmp_path, monkeypatch, reference):
+    texts = make_texts(60, 4)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    monkeypatch.setattr(fineweb, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(fineweb, "FORGET_AFTER", 3)
+    made, make = [], fineweb.gpt2_json
+    monkeypatch.setattr(fineweb, "gpt2_json", lambda **kwargs: (made.append(1), make(**kwargs))[1])
+    fineweb.get_gigatoken.cache_clear()
+    run("--source", source, "--out", tmp_path / "out")
+    assert stream(tmp_path / "out") == expected_ids(texts, reference)
+    assert len(made) > 2
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "null"])
+def test_parquet_of_every_kind_of_string(tmp_path, reference, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = ["", "été ", "a b\n", None] * 30 if kind != "null" else [None] * 120
+    plain = pa.string() if kind == "dictionary" else getattr(pa, kind)()
+    values = pa.array(texts, plain)
+    values = values.dictionary_encode() if kind == "dictionary" else values
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    run("--source", tmp_path / "a.parquet", "--out", tmp_path / "out", "--val_tokens", 10)
+    assert stream(tmp_path / "out") == expected_ids([text or "" for text in texts], reference)
+
+
+def test_parquet_of_no_strings(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [1, 2]}), source)
+    with pytest.raises(ValueError, match="type int64, not string"):
+        run("--source", source, "--out", tmp_path / "out")
+    bad = pa.array([b"caf\xe9"] * 50).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), source)
+    with pytest.raises(ValueError, match=r"cannot read .*UTF8"):
+        run("--source", source, "--out", tmp_path / "out")
 
 
 def test_pydocs(tmp_path, monkeypatch, reference):

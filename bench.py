@@ -499,19 +499,15 @@ def load_dataset(*args, **kwargs):
 
 def tokenize(config):
     """Whole commands, from parquet files to shards on the disk."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         if not config.data:
             config.data = pydocs_parquet(folder)
         if not list(Path(config.data).glob("*.parquet")):
             raise ValueError(f"no parquet file in {config.data}; leave --data out to use pydocs")
-        kinds = ["tiktoken", "gigatoken"] if fineweb.get_gigatoken() else ["tiktoken"]
-        for kind in kinds:
-            ours = functools.partial(we_tokenize, tokenizer=kind)
-            peer = peer_tokenizes if config.peer else None
-            agree = functools.partial(same, "a shard's bytes")
-            rows += duel(config, f"Mtok/s with {kind}", ours, peer, agree)
-    return rows
+        peer = peer_tokenizes if config.peer else None
+        kind = "gigatoken" if fineweb.get_gigatoken() else "tiktoken"
+        agree = functools.partial(same, "a shard's bytes")
+        return duel(config, f"Mtok/s with {kind}", we_tokenize, peer, agree)
 
 
 def pydocs_parquet(folder):
@@ -524,12 +520,12 @@ def pydocs_parquet(folder):
     return folder
 
 
-def we_tokenize(config, tokenizer):
+def we_tokenize(config):
     with tempfile.TemporaryDirectory() as folder:
         yield from tokenize_by(
             [Path(__file__).with_name("fineweb.py"), f"--source={config.data}", "--out=shards",
-             f"--tokenizer={tokenizer}", f"--workers={config.workers}",
-             f"--shard_tokens={config.shard_tokens}", f"--val_tokens={config.shard_tokens}"],
+             f"--workers={config.workers}", f"--shard_tokens={config.shard_tokens}",
+             f"--val_tokens={config.shard_tokens}"],
             folder, "shards",
         )  # fmt: skip
 

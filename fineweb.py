@@ -107,7 +107,7 @@ class Config:
     format: Literal["npy", "bin"] = "npy"
     """npy as build-nanogpt writes it, or bin as llm.c does; train_gpt2.py reads both"""
     workers: int = 0
-    """tokenising threads; 0 = one per core. gigatoken takes one"""
+    """tokenising threads; 0 = one per core"""
     part: str = ""
     """I/N takes every N-th file of the source, from the I-th on. All N parts go into one folder, on
     one machine or on many, in any order; part 1 has the val shard, --max_tokens is shared evenly"""
@@ -242,11 +242,23 @@ def get_gigatoken(vocab=N_VOCAB):
     return gigatoken.Tokenizer.from_json(json.dumps(gpt2_json(n_vocab=vocab)))
 
 
-def encode(text, fast=None, vocab=N_VOCAB):
-    """Text in UTF-8 -> (n,) uint32 ids, those of tiktoken's encode_ordinary, also where that one
-    panics. fast: get_gigatoken(vocab)."""
-    if fast and not has_new_letters(text):
-        return fast.encode(text)
+def encode_texts(texts, fast=None, vocab=N_VOCAB):
+    """[text in UTF-8] -> [(n,) uint32 ids], those of encode(). fast: get_gigatoken(vocab)."""
+    if not fast or not texts:
+        return [encode(text, vocab) for text in texts]
+    ragged = fast.encode_batch(texts).layout  # an awkward array's: all ids, and where texts begin
+    found = np.split(ragged.content.data, ragged.offsets.data[1:-1])
+    pairs = zip(texts, found, strict=True)
+    return [encode(text, vocab) if has_new_letters(text) else ids for text, ids in pairs]
+
+
+def has_new_letters(text):
+    # to look for single bytes takes no time, for one character of many some
+    return any(b in text for b in NEW_LETTERS_BEGIN) and bool(NEW_LETTERS.search(text.decode()))
+
+
+def encode(text, vocab=N_VOCAB):
+    """Text in UTF-8 -> (n,) uint32 ids, those of tiktoken's encode_ordinary, even if it panics."""
     text = text.decode()
     ids_of = functools.partial(get_tokenizer(vocab).encode_to_numpy, disallowed_special=())
     try:
@@ -257,11 +269,6 @@ def encode(text, fast=None, vocab=N_VOCAB):
         runs = re.finditer(SPACE + "{1001,}", text)
         cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
         return np.concatenate([ids_of(text[a:b]) for a, b in itertools.pairwise(cuts)])
-
-
-def has_new_letters(text):
-    # to look for single bytes takes no time, for one character of many some
-    return any(b in text for b in NEW_LETTERS_BEGIN) and bool(NEW_LETTERS.search(text.decode()))
 
 
 def utf8(text):
@@ -726,7 +733,7 @@ def python_files():
 def encode_source(records, workers, fast=False, vocab=N_VOCAB):
     """Records -> Batches in the same order, encoded by threads (tiktoken lets go of the GIL).
     At most 2 * workers + 1 batches exist at once, however long the source. fast: by gigatoken,
-    which one thread at a time may use, and which keeps up with the reading so."""
+    which has threads of its own and takes one call at a time."""
     if not fast:
         get_tokenizer(vocab)  # once, before the threads ask for it
     pool, pending = ThreadPoolExecutor(1 if fast else workers), deque()
@@ -764,7 +771,7 @@ def group_records(records):
 def encode_group(group, fast=None, vocab=N_VOCAB):
     """[Record] * n -> Batch: tokens (N,) uint16; starts (n + 1,), where in tokens each record
     begins, and numbers (n + 1); the last of each stand for the record after the batch."""
-    found = [encode(record.text, fast, vocab) for record in group]
+    found = encode_texts([record.text for record in group], fast, vocab)
     lengths = [len(ids) + record.is_start for record, ids in zip(group, found, strict=True)]
     starts = np.cumsum([0, *lengths])
     tokens = np.full(starts[-1], vocab - 1, dtype="<u2")  # what stays of it marks the documents
@@ -956,6 +963,7 @@ def tokenize(config, manifest):
             f"--tokenizer gigatoken needs `pip install gigatoken=={GIGATOKEN_VERSION}`"
         )
     records, workers = read_source(source, position), config.workers or os.cpu_count() or 1
+    os.environ.setdefault("RAYON_NUM_THREADS", str(workers))  # gigatoken's threads
     batches = encode_source(records, workers, fast, config.vocab_size)
     batches = trim(batches, position["token"], left)
     batches = show_progress(batches, manifest["tokens"], limit)

@@ -82,10 +82,10 @@ def write_texts(path, texts):
 def test_the_ids_are_those_of_a_bpe_of_the_first_merges(n):
     theirs, texts = reference(n), TEXTS + random_texts(300)
     for tokenizer in (None, fineweb.get_gigatoken(n)):
-        found = [fineweb.encode(text.encode(), tokenizer, n).tolist() for text in texts]
-        assert found == [theirs.encode(text).ids for text in texts]
+        found = fineweb.encode_texts([text.encode() for text in texts], tokenizer, n)
+        assert [ids.tolist() for ids in found] == [theirs.encode(text).ids for text in texts]
     decode = fineweb.get_tokenizer(n).decode
-    assert decode([i for ids in found for i in ids]) == "".join(texts)
+    assert decode([i for ids in found for i in ids.tolist()]) == "".join(texts)
     assert fineweb.get_tokenizer(n).encode("<|endoftext|>", allowed_special="all") == [n - 1]
 
 
@@ -94,13 +94,13 @@ def test_a_text_of_low_ids_keeps_its_ids():
     low = [text for text in random_texts(2000) if max(whole.encode_ordinary(text)) < 4095]
     assert len(low) > 20
     for text in low:
-        ids = fineweb.encode(text.encode(), None, 4096)
+        ids = fineweb.encode(text.encode(), 4096)
         assert ids.tolist() == whole.encode_ordinary(text)
 
 
 def test_texts_that_tiktoken_alone_cannot_take():
     for text in ("lone \ud800 surrogate", " " * 100_000 + "x", "\n" * 50_000):
-        ids = fineweb.encode(fineweb.utf8(text), None, N)
+        ids = fineweb.encode(fineweb.utf8(text), N)
         assert fineweb.get_tokenizer(N).decode(ids) == text.replace("\ud800", "\ufffd")
         assert max(ids) < N - 1
 

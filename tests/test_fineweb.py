@@ -1138,6 +1138,8 @@ def test_import_is_light():
         "datasets",
         "pyarrow",
         "tiktoken",
+        "gigatoken",
+        "awkward",
         "huggingface_hub",
         "tyro",
         "torch",

@@ -11,6 +11,7 @@ import functools
 import re
 import sys
 import warnings
+import weakref
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -145,7 +146,7 @@ def draw(model, ids, config, eot):
     ended = torch.zeros(config.num_samples, dtype=torch.bool, device=device)
     options = (config.temperature, config.top_k, config.top_p)
     dtype = pick_dtype(config.dtype, device)
-    fast = decoder(model, dtype, config.num_samples) if config.dtype == "auto" else None
+    fast = kept_decoder(model, dtype, config.num_samples) if config.dtype == "auto" else None
     tokens = model.stream(idx, new, *options, generator=generator, decoder=fast)
     while True:
         with autocast(device, dtype):  # not around a yield, or the caller's code would run in it
@@ -161,10 +162,23 @@ def draw(model, ids, config, eot):
 def load(checkpoint, device="auto"):
     """A checkpoint, by path or hub name -> its model and its hf.own_tokenizer."""
     model = GPT.from_checkpoint(checkpoint).to(pick_device(device)).eval()
+    LOADED[model] = {}
     return model, own_tokenizer(checkpoint, model.config)
 
 
 # ----------------------------------------------------------------------------- the decoder
+
+
+LOADED = weakref.WeakKeyDictionary()  # a model from load(), whose weights stay: its last decoder
+
+
+def kept_decoder(model, dtype, rows):
+    """decoder(), which for a loaded model is made once, not for every reply."""
+    kept, key = LOADED.get(model, {}), (next(model.parameters()).device, dtype, rows)
+    if key not in kept:
+        kept.clear()
+        kept[key] = decoder(model, dtype, rows)
+    return kept[key]
 
 
 def decoder(model, dtype, rows):

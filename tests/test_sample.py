@@ -1,10 +1,12 @@
 """sample.py on models rigged so that the right text is known: constant logits make every token
 an independent draw from a distribution written out here."""
 
+import gc
 import json
 import math
 import subprocess
 import sys
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -204,6 +206,31 @@ def test_a_stream_leaves_autocast_to_itself():
     stream = s.stream_text(random_model(), "x", config(dtype="bfloat16"))
     next(stream)
     assert not torch.is_autocast_enabled("cpu")
+
+
+# ----------------------------------------------------------------------------- the decoder
+
+
+def test_a_loaded_model_keeps_its_decoder(checkpoint, monkeypatch):
+    made, make = [], s.decoder
+    monkeypatch.setattr(s, "decoder", lambda *args: (made.append(args), make(*args))[1])
+    loaded, auto = s.load(checkpoint, "cpu")[0], config(dtype="auto", max_new_tokens=20)
+    texts = [s.sample(loaded, "", auto) for _ in range(3)]
+    assert texts[0] == texts[1] == texts[2] and len(made) == 1
+    s.sample(loaded, "", config(dtype="auto", num_samples=2))
+    assert s.sample(loaded, "", auto) == texts[0] and len(made) == 3  # it keeps the last only
+    kept = weakref.ref(loaded)
+    del loaded, made[:]
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_model_in_training_is_sampled_as_it_is():
+    model, auto = letters(), config(dtype="auto", max_new_tokens=20)
+    before = s.sample(model, "", auto)[0]
+    with torch.no_grad():
+        model.lm_head.weight[LETTERS["d"], 0] = 1e3
+    assert set(before) <= set("abc") and set(s.sample(model, "", auto)[0]) == {"d"}
 
 
 # ----------------------------------------------------------------------------- command line

@@ -49,7 +49,7 @@ LEAST_VOCAB = 257  # all bytes, no merges
 VAL_TOKENS = 10_485_760  # the automatic val shard: 20 batches of 2^19 tokens
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's .bin header: 256 int32
 BATCH_BYTES = 1 << 21  # text in one encoding task; bounds memory and amortises the thread hop
-FORGET_AFTER = 2048  # tasks: gigatoken remembers words, 100 MB of a million, until it is made anew
+FORGET_AFTER = 128  # tasks: gigatoken remembers words, 5 MB of 1 MB at worst, until it is made anew
 TXT_PIECE = 1 << 22  # a .txt longer than this is encoded piece by piece
 PYDOCS_PACKAGES = (
     "torch", "numpy", "datasets", "huggingface_hub", "pyarrow", "requests", "safetensors",
@@ -66,7 +66,8 @@ GIGATOKEN_VERSION = "0.10.0"
 # Letters and digits to gigatoken, which knows Unicode 17, but not to tiktoken; with rare neighbours
 # of theirs. In UTF-8 each begins with one of these bytes.
 NEW_LETTERS = re.compile(
-    "[\u088f\u0c5c\u0cdc\ua7ce-\ua7f1\U00010940-\U0001e6ff\U0002b73a-\U00033479]"
+    "[\u088f\u0c5c\u0cdc\ua7ce-\ua7f1\U00010940-\U00018df2\U0001e6c0-\U0001e6ff"
+    "\U0002b73a-\U0002b73f\U0002cea2-\U0002cead\U000323b0-\U00033479]"
 )
 NEW_LETTERS_BEGIN = (b"\xe0", b"\xea", b"\xf0")
 # a document, or a piece of one; its text in UTF-8

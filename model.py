@@ -518,7 +518,7 @@ def sdpa_in_chunks(q, k, v, chunks, dropout):
 
 
 def sdpa_flash(q, k, v, mask, dropout):
-    # decoding from a cache has a mask, and CUDA's flash kernel knows no fp32
+    # several queries on a cache have a mask, and CUDA's flash kernel knows no fp32
     if mask is not None or (q.is_cuda and q.dtype == torch.float32):
         return sdpa(q, k, v, mask, dropout)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

@@ -163,7 +163,7 @@ def keep_freed_memory():
 
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for large blocks
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back to the system
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back; a size ends at 2 GB, an int
         libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow the heap by 256 MB at a time
 
 

@@ -799,10 +799,9 @@ def into_gradient(logits, targets, cap):
     for rows in cache_blocks(logits):
         wanted = weight(keep[rows, None], logits[rows])
         z = logits[rows].float()
-        top = z.amax(-1, keepdim=True)
-        total = z.sub_(top).exp_().sum(-1, keepdim=True)
-        own_logp.append(own[rows] - top[:, 0] - total[:, 0].log())
-        logits[rows] = z.mul_(wanted / total)
+        top, total = exponentiate(z)
+        own_logp.append(own[rows] - top - total.log())
+        logits[rows] = z.mul_(wanted / total[:, None])
     own_logp = torch.cat(own_logp)  # (n,)
     # softmax - one-hot; the division by their count waits for the backward pass, where it meets
     # the loss scale, so that fp16 does not underflow
@@ -832,12 +831,20 @@ def cross_entropies(x, weight, targets, cap):
     losses = [x.new_zeros(0, dtype=torch.float32)]
     for rows in loss_chunks(x, weight):
         # autocast keeps the weight that it casts for F.linear from one call to the next
-        logits, chunk = softcap(F.linear(x[rows], weight), cap), targets[rows]  # (chunk, V)
-        losses += [
-            F.cross_entropy(logits[b].float(), chunk[b], ignore_index=-1, reduction="none")
-            for b in cache_blocks(logits)
-        ]
+        logits, target = softcap(F.linear(x[rows], weight), cap), targets[rows]  # (chunk, V)
+        own = logits.gather(1, target.clamp(min=0)[:, None])[:, 0].float()
+        for block in cache_blocks(logits):
+            top, total = exponentiate(logits[block].float())
+            loss = top + total.log() - own[block]
+            losses.append(loss.masked_fill(target[block] < 0, 0))
     return torch.cat(losses)
+
+
+def exponentiate(z):
+    """z (n, V) becomes exp(z - top) -> top (n,), its largest values, and total (n,), its sum now:
+    the log-probability of a logit z_i is z_i - top - log(total)."""
+    top = z.amax(-1)
+    return top, z.sub_(top[:, None]).exp_().sum(-1)
 
 
 def softcap(logits, cap):

@@ -24,6 +24,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -49,7 +50,9 @@ LEAST_VOCAB = 257  # all bytes, no merges
 VAL_TOKENS = 10_485_760  # the automatic val shard: 20 batches of 2^19 tokens
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's .bin header: 256 int32
 BATCH_BYTES = 1 << 21  # text in one encoding task; bounds memory and amortises the thread hop
-FORGET_AFTER = 128  # tasks: gigatoken remembers words, 5 MB of 1 MB at worst, until it is made anew
+# gigatoken remembers words, of text without spaces 5 MB a MB: in a process that holds so many bytes
+# it is made anew after so many tasks
+FORGET_BEYOND, FORGET_AFTER = 1 << 30, 128
 TXT_PIECE = 1 << 22  # a .txt longer than this is encoded piece by piece
 PYDOCS_PACKAGES = (
     "torch", "numpy", "datasets", "huggingface_hub", "pyarrow", "requests", "safetensors",
@@ -62,7 +65,7 @@ GPT2_SHA256 = {  # what tiktoken itself pins
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 # What \s means in GPT-2's pattern; Python's own \s takes four control characters more
 SPACE = "[\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-GIGATOKEN_VERSION = "0.10.0"
+PROVEN = {"gigatoken": "0.10.0", "tiktoken": "0.14.0"}  # the versions that NEW_LETTERS is for
 # Letters and digits to gigatoken, which knows Unicode 17, but not to tiktoken; with rare neighbours
 # of theirs. In UTF-8 each begins with one of these bytes.
 NEW_LETTERS = re.compile(
@@ -108,7 +111,7 @@ class Config:
     format: Literal["npy", "bin"] = "npy"
     """npy as build-nanogpt writes it, or bin as llm.c does; train_gpt2.py reads both"""
     workers: int = 0
-    """tokenising threads; 0 = one per core"""
+    """tokenising threads, 0 = one per core; gigatoken keeps up with the reading by one"""
     part: str = ""
     """I/N takes every N-th file of the source, from the I-th on. All N parts go into one folder, on
     one machine or on many, in any order; part 1 has the val shard, --max_tokens is shared evenly"""
@@ -230,12 +233,12 @@ def gpt2_json(added=(), n_vocab=N_VOCAB):
 
 @functools.lru_cache(maxsize=8)
 def get_gigatoken(vocab=N_VOCAB):
-    """gigatoken's tokenizer of the same ids, or None where the version that NEW_LETTERS was proven
+    """gigatoken's tokenizer of the same ids, or None where a version that NEW_LETTERS was proven
     with is missing."""
     from importlib import metadata
 
     try:
-        if metadata.version("gigatoken") != GIGATOKEN_VERSION:
+        if any(metadata.version(name) != version for name, version in PROVEN.items()):
             return None
         import gigatoken
     except ImportError:
@@ -247,7 +250,8 @@ def encode_texts(texts, fast=None, vocab=N_VOCAB):
     """[text in UTF-8] -> [(n,) uint32 ids], those of encode(). fast: get_gigatoken(vocab)."""
     if not fast or not texts:
         return [encode(text, vocab) for text in texts]
-    ragged = fast.encode_batch(texts).layout  # an awkward array's: all ids, and where texts begin
+    # in this thread: a batch is too short for gigatoken to share out among its own
+    ragged = fast.encode_batch(texts, parallel=False).layout  # all ids, and where texts begin
     found = np.split(ragged.content.data, ragged.offsets.data[1:-1])
     pairs = zip(texts, found, strict=True)
     return [encode(text, vocab) if has_new_letters(text) else ids for text, ids in pairs]
@@ -259,7 +263,8 @@ def has_new_letters(text):
 
 
 def encode(text, vocab=N_VOCAB):
-    """Text in UTF-8 -> (n,) uint32 ids, those of tiktoken's encode_ordinary, even if it panics."""
+    """Text in UTF-8 -> (n,) uint32 ids, those of tiktoken's encode_ordinary, also for runs of
+    whitespace at which it gives up."""
     text = text.decode()
     ids_of = functools.partial(get_tokenizer(vocab).encode_to_numpy, disallowed_special=())
     try:
@@ -731,26 +736,34 @@ def python_files():
 # Encoding
 
 
-def encode_source(records, workers, fast=False, vocab=N_VOCAB):
-    """Records -> Batches in the same order, encoded by threads (tiktoken lets go of the GIL).
-    At most 2 * workers + 1 batches exist at once, however long the source. fast: by gigatoken,
-    which has threads of its own and takes one call at a time."""
-    if not fast:
+def encode_source(records, workers, by_gigatoken=False, vocab=N_VOCAB):
+    """Records -> Batches in the same order, encoded by threads (both tokenizers let go of the GIL).
+    At most 2 * workers + 1 batches exist at once, however long the source. by_gigatoken: by one
+    thread, for its tokenizer takes one call at a time."""
+    if not by_gigatoken:
         get_tokenizer(vocab)  # once, before the threads ask for it
-    pool, pending = ThreadPoolExecutor(1 if fast else workers), deque()
+    pool, pending = ThreadPoolExecutor(1 if by_gigatoken else workers), deque()
     try:
-        for i, group in enumerate(group_records(records)):
-            if i and i % FORGET_AFTER == 0:
+        for i, group in enumerate(group_records(records), 1):
+            if i % FORGET_AFTER == 0 and memory_in_use() > FORGET_BEYOND:
                 get_gigatoken.cache_clear()
             if group is not None:
-                tokenizer = get_gigatoken(vocab) if fast else None
-                pending.append(pool.submit(encode_group, group, tokenizer, vocab))
+                pending.append(pool.submit(encode_group, group, by_gigatoken, vocab))
             while pending and (group is None or len(pending) > 2 * workers):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def memory_in_use():
+    """Bytes that this process holds; no end of them where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        return math.inf
 
 
 def group_records(records):
@@ -769,9 +782,10 @@ def group_records(records):
         yield group
 
 
-def encode_group(group, fast=None, vocab=N_VOCAB):
+def encode_group(group, by_gigatoken=False, vocab=N_VOCAB):
     """[Record] * n -> Batch: tokens (N,) uint16; starts (n + 1,), where in tokens each record
     begins, and numbers (n + 1); the last of each stand for the record after the batch."""
+    fast = get_gigatoken(vocab) if by_gigatoken else None
     found = encode_texts([record.text for record in group], fast, vocab)
     lengths = [len(ids) + record.is_start for record, ids in zip(group, found, strict=True)]
     starts = np.cumsum([0, *lengths])
@@ -958,14 +972,12 @@ def tokenize(config, manifest):
         limit = config.max_tokens // config.parts
         limit += config.first <= config.max_tokens % config.parts
         left = limit - manifest["tokens"]
-    fast = config.tokenizer != "tiktoken" and get_gigatoken(config.vocab_size) is not None
-    if config.tokenizer == "gigatoken" and not fast:
-        raise ValueError(
-            f"--tokenizer gigatoken needs `pip install gigatoken=={GIGATOKEN_VERSION}`"
-        )
+    by_gigatoken = config.tokenizer != "tiktoken" and bool(get_gigatoken(config.vocab_size))
+    if config.tokenizer == "gigatoken" and not by_gigatoken:
+        needed = " ".join(f"{name}=={version}" for name, version in PROVEN.items())
+        raise ValueError(f"--tokenizer gigatoken needs `pip install {needed}`")
     records, workers = read_source(source, position), config.workers or os.cpu_count() or 1
-    os.environ.setdefault("RAYON_NUM_THREADS", str(workers))  # gigatoken's threads
-    batches = encode_source(records, workers, fast, config.vocab_size)
+    batches = encode_source(records, workers, by_gigatoken, config.vocab_size)
     batches = trim(batches, position["token"], left)
     batches = show_progress(batches, manifest["tokens"], limit)
     sizes = itertools.repeat(config.shard_tokens)

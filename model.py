@@ -492,7 +492,8 @@ def window_chunks(T, window, plain):
 
 
 def sdpa(q, k, v, mask, dropout):
-    """torch's fused attention; no mask means plain causal, for which it has its fastest kernel."""
+    """torch's fused attention. No mask means plain causal, for which it has its fastest kernel, or
+    one query that sees all keys: torch's causal mask would let it see the first only."""
     if isinstance(mask, list):
         return sdpa_in_chunks(q, k, v, mask, dropout)
     if mask is not None and mask.dtype != torch.bool:
@@ -943,8 +944,8 @@ class GPT(nn.Module):
 
     def masks(self, pos, idx, cache):
         """What the tokens idx (B, T) at pos (T,) may attend to: {window: a mask as attention_mask
-        or window_masks makes it, or None for plain causal attention}, one for all layers of that
-        window."""
+        or window_masks makes it, or None for plain causal attention and for one token that sees all
+        keys}, one for all layers of that window."""
         config, wpe, T = self.config, self.transformer.wpe, len(pos)
         flex = config.attention_kernel == "flex" and not cache
         attended = cache.place(pos) if cache else {}

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -202,6 +203,13 @@ def test_gigatoken_gives_the_same_ids_on_random_texts(fast, count):
     fast(list(fuzzed(count, seed=count)))
 
 
+def test_gigatoken_gives_the_same_ids_on_a_long_text(fast):
+    # it looks at a text 64 bytes, or a megabyte, at a time: all of 5 MB, and shifted by one byte
+    text = " ".join(fuzzed(40_000, seed=5))
+    assert len(text.encode()) > 5e6
+    fast([text, "x" + text[:1_500_000], text[:10]])
+
+
 def test_gigatoken_splits_at_the_same_characters():
     """Where a text is split shows in its ids only where a merge would cross: so, with a vocabulary
     whose merges join a letter, a digit, a sign or a space to any byte, every character there is."""
@@ -254,7 +262,7 @@ def test_gigatoken_is_optional_and_of_one_version(tmp_path, monkeypatch):
 
         monkeypatch.setattr(importlib.metadata, "version", installed)
         fineweb.get_gigatoken.cache_clear()
-        with pytest.raises(ValueError, match="pip install gigatoken=="):
+        with pytest.raises(ValueError, match=r"pip install gigatoken==0\.10\.0 tiktoken=="):
             run("--source", source, "--out", tmp_path / "a", "--tokenizer", "gigatoken")
         run("--source", source, "--out", tmp_path / f"b{version}")
     fineweb.get_gigatoken.cache_clear()
@@ -603,10 +611,22 @@ def test_gigatoken_forgets(tmp_path, monkeypatch, reference):
     monkeypatch.setattr(fineweb, "FORGET_AFTER", 3)
     made, make = [], fineweb.gpt2_json
     monkeypatch.setattr(fineweb, "gpt2_json", lambda **kwargs: (made.append(1), make(**kwargs))[1])
-    fineweb.get_gigatoken.cache_clear()
-    run("--source", source, "--out", tmp_path / "out")
-    assert stream(tmp_path / "out") == expected_ids(texts, reference)
-    assert len(made) > 2
+    for limit in (fineweb.FORGET_BEYOND, 0):
+        monkeypatch.setattr(fineweb, "FORGET_BEYOND", limit)
+        fineweb.get_gigatoken.cache_clear()
+        made.clear()
+        run("--source", source, "--out", tmp_path / str(limit))
+        assert stream(tmp_path / str(limit)) == expected_ids(texts, reference)
+        assert len(made) > 2 if limit == 0 else len(made) == 1
+
+
+def test_memory_in_use_is_the_resident_set():
+    status = Path("/proc/self/status")
+    if not status.exists():
+        assert fineweb.memory_in_use() == math.inf
+        return
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmRSS:")]
+    assert fineweb.memory_in_use() == pytest.approx(1024 * int(line.split()[1]), rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "null"])

@@ -46,7 +46,7 @@ import hellaswag
 import sample
 import train_gpt2
 from fineweb import EOT, get_tokenizer, load_shards, write_beside
-from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
+from model import GPT, GPTConfig, autocast, pick_device, pick_dtype, tune_cpu
 
 PEERS = {"build-nanogpt": "hellaswag.py", "nanoGPT": "configurator.py"}  # a file only it has
 
@@ -449,6 +449,7 @@ def score(config):
 
 def we_score(config):
     device = pick_device(config.device)
+    tune_cpu(device)
     model = our_gpt(config).to(device).eval()
     items = hellaswag.load_items(config.data, config.items)
 
@@ -646,7 +647,7 @@ def pass_over_blocks(config, window):
     device = pick_device(config.device)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(**config.gpt, window=window)).to(device)
-    train_gpt2.keep_freed_memory()
+    tune_cpu(device)
     idx = torch.randint(EOT, (1, config.block_size), device=device)
 
     def run():

@@ -34,7 +34,7 @@ import cli
 from fineweb import EOT, N_VOCAB, get_tokenizer, trained_vocabulary, write_beside
 from hf import vocabulary_of
 from hub import hub_download
-from model import ANY_LENGTH, GPT, KVCache, autocast, keep_few_kernels, pick_device, pick_dtype
+from model import ANY_LENGTH, GPT, KVCache, autocast, pick_device, pick_dtype, tune_cpu
 
 DATASET, DATA_FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
 DATA_FOLDER = "data/hellaswag"
@@ -361,7 +361,6 @@ def summarize(hits, n):
 
 
 def main():
-    keep_few_kernels()
     config = cli.parse(Config)
     if config.out:
         os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
@@ -371,6 +370,7 @@ def main():
             )
     items = load_items(config.data, config.limit, config.seed)
     device = pick_device(config.device)
+    tune_cpu(device)
     model = GPT.from_checkpoint(config.checkpoint).to(device)
     vocab = vocabulary_of(config.checkpoint, model.config) or N_VOCAB  # which predict refuses
     result = {"n": len(items)}

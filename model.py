@@ -16,7 +16,9 @@ Shapes: B batch, T positions (Tq queries, Tk keys), C = n_embd, nh = n_head, nkv
 hs = C / nh, V = vocab_size. Parameter names are nanoGPT's.
 """
 
+import contextlib
 import copy
+import ctypes
 import functools
 import itertools
 import json
@@ -1219,10 +1221,19 @@ def pick_dtype(name, device):
     return torch.float32
 
 
-def keep_few_kernels():
-    """Tell oneDNN, before its first product, to keep few of the kernels that it makes for every new
-    shape on a CPU: evaluation meets hundreds of shapes, and each kernel holds megabytes."""
+def tune_cpu(device):
+    """Settings of a process whose products are a CPU's, before the first; on others none."""
+    if device.type != "cpu":
+        return
+    # oneDNN makes a kernel of megabytes for every new shape, and evaluation meets hundreds
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    # glibc gives back what a step frees, and every step faults the same pages in again, which can
+    # take a third of it; other systems have no such library
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for large blocks
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back; a size would end at 2 GB
+        libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow the heap by 256 MB at a time
 
 
 def autocast(device, dtype):

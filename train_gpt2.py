@@ -28,15 +28,7 @@ import cli
 import hellaswag
 import parallel
 from fineweb import N_VOCAB, check_ids, get_tokenizer, load_shards, match_vocabulary
-from model import (
-    GPT,
-    GPTConfig,
-    autocast,
-    keep_few_kernels,
-    pick_dtype,
-    read_json,
-    read_safetensors,
-)
+from model import GPT, GPTConfig, autocast, pick_dtype, read_json, read_safetensors, tune_cpu
 
 PEAK_FLOPS = {  # dense bf16 tensor-core peak, from the makers' data sheets
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12,
@@ -153,18 +145,6 @@ def can_compile(device):
         print(f"torch.compile does not work here ({type(error).__name__}): training without it")
         return False
     return True
-
-
-def keep_freed_memory():
-    """Tell glibc to keep what a step frees: else every step faults the same pages in again,
-    which can take a third of a CPU step. Does nothing on other systems."""
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
-
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for large blocks
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back; a size ends at 2 GB, an int
-        libc.mallopt(-2, 2**28)  # M_TOP_PAD: grow the heap by 256 MB at a time
 
 
 def refuse_conflicts(given, loaded, init_from):
@@ -284,9 +264,7 @@ class Trainer:
         self.config, self.ranks = config, parallel.Ranks(config.device)
         self.device = self.ranks.device
         self.dtype = pick_dtype(config.dtype, self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-            keep_few_kernels()
+        tune_cpu(self.device)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # fp32 products in TF32
         torch.manual_seed(config.seed)

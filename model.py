@@ -768,7 +768,7 @@ class MeanCrossEntropy(torch.autograd.Function):
         wT = transposed(w)
         count = (targets >= 0).sum().clamp(min=1)
         loss = x.new_zeros((), dtype=torch.float32)
-        dx, dwT = torch.empty_like(x), torch.zeros_like(weight.T)
+        dx, dwT = torch.empty_like(x), weight.new_zeros(weight.T.shape)
         for rows in loss_chunks(x, w):
             logits = softcap(x[rows] @ wT, cap)  # (chunk, V)
             loss = loss + into_gradient(logits, targets[rows], cap)
@@ -822,7 +822,7 @@ def cache_blocks(x, size=4):
 
 def transposed(w):
     """w.T, its rows contiguous: so CPUs multiply bf16 up to twice as fast."""
-    wT = torch.empty_like(w.T, memory_format=torch.contiguous_format)
+    wT = w.new_empty(w.T.shape)
     for rows in cache_blocks(w, 128):
         wT[:, rows] = w[rows].T
     return wT
@@ -838,7 +838,7 @@ def cross_entropies(x, weight, targets, cap):
         own = logits.gather(1, target.clamp(min=0)[:, None])[:, 0].float()
         for block in cache_blocks(logits):
             top, total = exponentiate(logits[block].float())
-            loss = top + total.log() - own[block]
+            loss = total.log() - (own[block] - top)
             losses.append(loss.masked_fill(target[block] < 0, 0))
     return torch.cat(losses)
 

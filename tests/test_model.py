@@ -9,8 +9,12 @@ import itertools
 import json
 import math
 import pickle
+import platform
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,8 @@ from safetensors.torch import save_file
 
 import model as m
 from model import GPT, MLPS, NORMS, POSITIONS, GPTConfig, KVCache
+
+ROOT = Path(m.__file__).parent
 
 TINY = dict(block_size=24, vocab_size=61, vocab_used=53, n_layer=2, n_head=4, n_embd=16)
 # (window, window_pattern): full, windowed, and both orders of mixing them
@@ -1071,10 +1077,29 @@ def test_a_truncated_safetensors_file_is_refused_in_one_line(tmp_path):
         one_line(error, "model.safetensors")
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
+def test_a_cpu_process_keeps_what_it_freed():
+    # 2.3 GB, for a size that an int holds ends below
+    code = """
+import resource, torch, model
+model.tune_cpu(torch.device("cpu"))
+faults = []
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(600 * 2**20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    first, second = map(int, done.stdout.split())
+    assert second < first / 100
+
+
 def test_importing_model_is_quiet_and_light():
     """No optional package is needed to import it."""
     import ast
-    from pathlib import Path
 
     tree = ast.parse(Path(m.__file__).read_text())
     names = [

@@ -50,9 +50,10 @@ LEAST_VOCAB = 257  # all bytes, no merges
 VAL_TOKENS = 10_485_760  # the automatic val shard: 20 batches of 2^19 tokens
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's .bin header: 256 int32
 BATCH_BYTES = 1 << 21  # text in one encoding task; bounds memory and amortises the thread hop
-# gigatoken remembers words, of text without spaces 5 MB a MB: in a process that holds so many bytes
-# it is made anew after so many tasks
-FORGET_BEYOND, FORGET_AFTER = 1 << 30, 128
+# gigatoken remembers words, of text without spaces 5 MB a MB. Every so many tasks it is made anew
+# if the process holds too many bytes; newer versions will bound it themselves
+FORGET_AFTER = 128
+FORGET_BEYOND = 1 << 30
 TXT_PIECE = 1 << 22  # a .txt longer than this is encoded piece by piece
 PYDOCS_PACKAGES = (
     "torch", "numpy", "datasets", "huggingface_hub", "pyarrow", "requests", "safetensors",
@@ -119,7 +120,8 @@ class Config:
     """ids in the vocabulary: 257 to 50257, which is GPT-2's; fewer are its first ones, then the id
     of end-of-text. A small model spends most of its compute on the head, which shrinks with it"""
     tokenizer: Literal["auto", "tiktoken", "gigatoken"] = "auto"
-    """auto takes gigatoken where it is installed, version 0.10.0: the same ids, far faster"""
+    """auto takes gigatoken, far faster at the same ids, where it and tiktoken are installed in the
+    versions of requirements.txt"""
     keep_downloads: bool = False
     """keep the hub's files under OUT/downloads instead of deleting each after use"""
 

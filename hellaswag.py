@@ -273,7 +273,7 @@ def score_rows(model, rows, batch_tokens=0, progress=""):
 
     Equal rows are scored once, so that equal endings tie exactly."""
     device, was_training = next(model.parameters()).device, model.training
-    # a CPU spends larger batches on page faults
+    # larger ones leave a CPU's cache
     batch_tokens = batch_tokens or (32768 if device.type == "cuda" else 4096)
     model.eval()
     losses = {}

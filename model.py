@@ -745,9 +745,8 @@ CHUNK_BYTES = 2**28  # of logits: large products are faster, and so much hardly 
 
 
 def loss_chunks(x, w):
-    """Equal slices over the rows of x, (N, C), whose logits x @ w.T fill at most CHUNK_BYTES each:
-    16 slices at most, which unroll, and 4,096 rows unless they must be more, for fp16 to hold their
-    sum."""
+    """Equal slices over the rows of x, (N, C): as few as keep the logits x @ w.T of each within
+    CHUNK_BYTES and 4,096 rows, for fp16 to hold their sum, but at most 16, for they unroll."""
     rows = min(4096, max(1, CHUNK_BYTES // (len(w) * x.element_size())))
     number = max(1, min(16, math.ceil(len(x) / rows)))
     size = max(1, math.ceil(len(x) / number))
@@ -778,7 +777,7 @@ class MeanCrossEntropy(torch.autograd.Function):
             else:  # each chunk's product is rounded once, their sum is kept in fp32
                 dwT += transposed(x[rows]) @ logits
             del logits  # before the next chunk's are made
-        ctx.save_for_backward(dx, transposed(dwT), count)
+        ctx.save_for_backward(dx, transposed(dwT), count)  # in the weight's own layout
         return loss / count
 
     @staticmethod
@@ -795,33 +794,38 @@ def into_gradient(logits, targets, cap):
     keep, target = targets >= 0, targets.clamp(min=0)
     at_target = torch.arange(len(logits), device=logits.device), target
 
-    def weight(keep, z):  # 0 where there is no target; the derivative of softcap, whose value is z
-        return keep * (1 - (z / cap) ** 2) if cap else keep
+    def slope(z):  # the derivative of softcap, whose value is z
+        return 1 - (z / cap) ** 2 if cap else 1
 
-    own, own_weight, own_logp = logits[at_target].float(), weight(keep, logits[at_target]), []
-    for rows in cache_blocks(logits):
-        wanted = weight(keep[rows, None], logits[rows])
-        z = logits[rows].float()
+    own, own_logp = logits[at_target].float(), []
+    for rows in logit_blocks(logits):
+        slopes, z = slope(logits[rows]), logits[rows].float()
         top, total = exponentiate(z)
         own_logp.append(own[rows] - top - total.log())
-        logits[rows] = z.mul_(wanted / total[:, None])
+        z.mul_((keep[rows] / total)[:, None])
+        logits[rows] = z.mul_(slopes) if cap else z
     own_logp = torch.cat(own_logp)  # (n,)
     # softmax - one-hot; the division by their count waits for the backward pass, where it meets
     # the loss scale, so that fp16 does not underflow
-    logits[at_target] = ((own_logp.exp() - 1) * own_weight).type_as(logits)
+    logits[at_target] = ((own_logp.exp() - 1) * keep * slope(own)).type_as(logits)
     return -(own_logp * keep).sum()
 
 
-def cache_blocks(x, size=4):
-    """Slices over the rows of x: on a CPU `size` for each of its threads, as many as their caches
-    hold, which makes several passes over them three times as fast; else all at once."""
+def cache_blocks(x, size):
+    """Slices over the rows of x: on a CPU `size` for each of its threads, for their caches; else
+    all at once."""
     on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
     size = size * torch.get_num_threads() if on_cpu else max(1, len(x))
     return [slice(i, i + size) for i in range(0, len(x), size)]
 
 
+def logit_blocks(logits):
+    """cache_blocks of 1 MB in fp32, in which several passes are three times as fast."""
+    return cache_blocks(logits, max(1, 2**18 // logits.size(1)))
+
+
 def transposed(w):
-    """w.T, its rows contiguous: so CPUs multiply bf16 up to twice as fast."""
+    """w.T, its rows contiguous: the layout in which CPUs multiply bf16 up to twice as fast."""
     wT = w.new_empty(w.T.shape)
     for rows in cache_blocks(w, 128):
         wT[:, rows] = w[rows].T
@@ -836,10 +840,11 @@ def cross_entropies(x, weight, targets, cap):
         # autocast keeps the weight that it casts for F.linear from one call to the next
         logits, target = softcap(F.linear(x[rows], weight), cap), targets[rows]  # (chunk, V)
         own = logits.gather(1, target.clamp(min=0)[:, None])[:, 0].float()
-        for block in cache_blocks(logits):
+        for block in logit_blocks(logits):
             top, total = exponentiate(logits[block].float())
             loss = total.log() - (own[block] - top)
             losses.append(loss.masked_fill(target[block] < 0, 0))
+        del logits  # before the next chunk's are made
     return torch.cat(losses)
 
 

@@ -253,18 +253,20 @@ def test_shards_are_the_same_with_every_tokenizer(tmp_path):
 
 def test_gigatoken_is_optional_and_of_one_version(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(20))
-    for version in ("0.9.0", None):
+    others = [("gigatoken", "0.9.0"), ("gigatoken", None), ("tiktoken", "0.13.0")]
+    for i, (package, version) in enumerate(others):
 
-        def installed(name, version=version):
-            if version is None:
+        def installed(name, package=package, version=version):
+            if name == package and version is None:
                 raise importlib.metadata.PackageNotFoundError(name)
-            return version
+            return version if name == package else fineweb.PROVEN[name]
 
         monkeypatch.setattr(importlib.metadata, "version", installed)
         fineweb.get_gigatoken.cache_clear()
-        with pytest.raises(ValueError, match=r"pip install gigatoken==0\.10\.0 tiktoken=="):
+        needed = r"pip install gigatoken==0\.10\.0 tiktoken==0\.14\.0"
+        with pytest.raises(ValueError, match=needed):
             run("--source", source, "--out", tmp_path / "a", "--tokenizer", "gigatoken")
-        run("--source", source, "--out", tmp_path / f"b{version}")
+        run("--source", source, "--out", tmp_path / f"b{i}")
     fineweb.get_gigatoken.cache_clear()
 
 
@@ -611,13 +613,13 @@ def test_gigatoken_forgets(tmp_path, monkeypatch, reference):
     monkeypatch.setattr(fineweb, "FORGET_AFTER", 3)
     made, make = [], fineweb.gpt2_json
     monkeypatch.setattr(fineweb, "gpt2_json", lambda **kwargs: (made.append(1), make(**kwargs))[1])
-    for limit in (fineweb.FORGET_BEYOND, 0):
-        monkeypatch.setattr(fineweb, "FORGET_BEYOND", limit)
+    for used in (0, math.inf):
+        monkeypatch.setattr(fineweb, "memory_in_use", lambda used=used: used)
         fineweb.get_gigatoken.cache_clear()
         made.clear()
-        run("--source", source, "--out", tmp_path / str(limit))
-        assert stream(tmp_path / str(limit)) == expected_ids(texts, reference)
-        assert len(made) > 2 if limit == 0 else len(made) == 1
+        run("--source", source, "--out", tmp_path / str(used), "--workers", 1)
+        assert stream(tmp_path / str(used)) == expected_ids(texts, reference)
+        assert len(made) > 2 if used else len(made) == 1
 
 
 def test_memory_in_use_is_the_resident_set():

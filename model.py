@@ -498,10 +498,12 @@ def sdpa(q, k, v, mask, dropout):
     one query that sees all keys: torch's causal mask would let it see the first only."""
     if isinstance(mask, list):
         return sdpa_in_chunks(q, k, v, mask, dropout)
+    if mask is None and q.size(2) == 1:  # a branch, for is_causal may be no symbol of torch.compile
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1, dropout_p=dropout
+        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
     )
 
 

@@ -906,6 +906,16 @@ def test_no_graph_breaks(pos):
     assert_compiled_equals_eager(config, backend="eager")
 
 
+def test_a_second_length_is_traced_too():
+    """The compiler then takes the length for a symbol."""
+    torch._dynamo.reset()
+    model = build(tiny(pos="rope"))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for T in (9, 7, 12):
+        idx = tokens(model.config, 2, T)
+        torch.testing.assert_close(compiled(idx)[0], model(idx)[0], rtol=1e-5, atol=1e-5)
+
+
 def cpp_compiler():
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         pytest.skip("torch.compile on a CPU needs a C++ compiler, none is on the PATH")

@@ -1092,22 +1092,23 @@ def test_a_truncated_safetensors_file_is_refused_in_one_line(tmp_path):
     platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ, reason="it is glibc's malloc"
 )
 def test_a_cpu_process_keeps_what_it_freed():
-    # the last 256 MB of a block of 2.3 GB: a size that an int holds ends below
+    # the last 256 MB of a block of 2.3 GB: a size that an int holds ends below. Each block is a
+    # page smaller than the last: in a hole of its own size there may be no room to align it
     code = """
 import resource, torch, model
 model.tune_cpu(torch.device("cpu"))
 faults = []
-for _ in range(2):
+for pages in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(600 * 2**20)[-(2**26):].fill_(1)
+    torch.empty(600 * 2**20 - pages * 1024)[-(2**26):].fill_(1)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(*faults)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    first, second = map(int, done.stdout.split())
-    assert second < first / 100
+    first, *others = map(int, done.stdout.split())
+    assert max(others) < first / 100
 
 
 def test_importing_model_is_quiet_and_light():

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-import cli
 import sample
-from compare import read_run
-from model import latest_step
+from nanoswitch import cli
+from nanoswitch.load import latest_step
+from nanoswitch.log import read_run
 
 try:
     import altair as alt  # streamlit brings it
@@ -136,15 +136,17 @@ def attention(model, ids):
     return layers
 
 
-def keep_weights(attend, kept, q, k, v, mask, cache):
+def keep_weights(attend, kept, q, k, v, mask, cache, x):
     """Attention.attend, with its weights kept. Attention is linear in its values, so with the
     identity matrix for values it returns the weights, whatever the positions, windows and kernel.
     Linformer's summaries come out spread over the tokens they are made of, perhaps negative."""
     T, hs = v.shape[2:]  # slices as wide as a head: some kernels insist
     columns = torch.eye(T, math.ceil(T / hs) * hs, device=v.device, dtype=v.dtype).split(hs, dim=1)
-    parts = [attend(q, k, eye.expand_as(v), mask, cache) for eye in columns]  # (1, nh, T, hs) each
+    parts = [
+        attend(q, k, eye.expand_as(v), mask, cache, x) for eye in columns
+    ]  # (1, nh, T, hs) each
     kept.append(torch.cat(parts, dim=3)[0, :, :, :T].float().cpu())
-    return attend(q, k, v, mask, cache)
+    return attend(q, k, v, mask, cache, x)
 
 
 def spell(tokenizer, token):
@@ -177,7 +179,7 @@ def show_text(reply, box):
 
 
 def show_curves(logs):
-    """Validation loss and HellaSwag of {name: compare.Run} against tokens."""
+    """Validation loss and HellaSwag of {name: log.Run} against tokens."""
     for key, title in SCORES.items():
         points = [
             {"run": name, "tokens": step * run.config["total_batch_tokens"], title: value}

@@ -39,14 +39,33 @@ import torch
 import torch.multiprocessing as mp
 from tyro.conf import Positional
 
-import checkpoints
-import cli
-import fineweb
 import hellaswag
-import sample
 import train_gpt2
-from fineweb import EOT, get_tokenizer, load_shards, write_beside
-from model import GPT, GPTConfig, autocast, pick_device, pick_dtype, tune_cpu
+from model import GPT, GPTConfig
+from nanoswitch import cli
+from nanoswitch.counts import flops_per_token, on_meta
+from nanoswitch.decode import decoder
+from nanoswitch.device import (
+    autocast,
+    matrix_rate,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    to_device,
+    tune_cpu,
+)
+from nanoswitch.files import sha256, write_beside
+from nanoswitch.log import provenance
+from nanoswitch.pydocs import write_pydocs
+from nanoswitch.shards import load_shards, open_shard
+from nanoswitch.tokenizer import (
+    EOT,
+    GPT2_URL,
+    get_gigatoken,
+    get_tokenizer,
+    gpt2_vocabulary,
+)
+from nanoswitch.windows import Windows
 
 PEERS = {"build-nanogpt": "hellaswag.py", "nanoGPT": "configurator.py"}  # a file only it has
 
@@ -193,15 +212,6 @@ def make_room(device):
         torch.cuda.empty_cache()
 
 
-def peak_memory(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def duel(config, metric, ours, peer=None, agree=lambda a, b: None, memory=False):
     """Time the two sides in turns -> result rows. agree(result of ours, of the peer) raises a
     ValueError unless both did the same work."""
@@ -226,7 +236,7 @@ def row(config, metric, ours, peer=None):
     """One figure, in the form of --out."""
     device = pick_device(config.device)
     cores = f"{os.cpu_count()} cores, {cpu_name()}"
-    versions = checkpoints.provenance()["versions"]
+    versions = provenance()["versions"]
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cores
     return {
         "work": config.work, "metric": metric, "ours": ours, "peer": peer,
@@ -285,8 +295,8 @@ def peer_code(path, **names):
 
 def cache_vocabulary(folder):
     """Put GPT-2's vocabulary where the peer's tiktoken looks before it asks the network."""
-    for name, source in fineweb.gpt2_vocabulary().items():
-        key = hashlib.sha1((fineweb.GPT2_URL + name).encode()).hexdigest()
+    for name, source in gpt2_vocabulary().items():
+        key = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
         shutil.copy(source, Path(folder, key))
     os.environ["TIKTOKEN_CACHE_DIR"] = folder
 
@@ -338,8 +348,8 @@ def train(config):
         agree = functools.partial(close_to, tolerance, "the loss of one batch")
         rows = duel(config, "tokens/s", we_train, peer, agree, memory=True)
         upkeep = time_upkeep(config, rows[0]["ours"])
-    flops = our_gpt(config).flops_per_token()
-    rate = matrix_rate(config, device)
+    flops = flops_per_token(on_meta(GPTConfig(**config.gpt)))
+    rate = matrix_rate(device, pick_dtype(config.dtype, device))
     shares = [flops * speed / rate for speed in (rows[0]["ours"], rows[0]["peer"]) if speed]
     rows.append(row(config, f"share of {rate / 1e12:.2f} TFLOP/s, the matrix rate", *shares))
     return rows + upkeep
@@ -400,12 +410,12 @@ def peer_trains(config):
         optimizer = model.configure_optimizers(decay, rate, betas, device.type)
         if config.compile == "true" or (config.compile == "auto" and device.type == "cuda"):
             model = torch.compile(model)
-    windows = train_gpt2.Windows(load_shards(config.data, "train"), config.block_size)
+    windows = Windows(load_shards(config.data, "train"), config.block_size)
 
     def batch(i):
         first = (i * config.micro_batch) % (windows.count - config.micro_batch + 1)
         x, y = windows.read(np.arange(first, first + config.micro_batch))
-        return [train_gpt2.to_device(part, device) for part in (x, y)]
+        return [to_device(part, device) for part in (x, y)]
 
     half = autocast(device, pick_dtype(config.dtype, device))
     with torch.no_grad(), half:
@@ -421,20 +431,6 @@ def peer_trains(config):
         optimizer.step()
         loss.item()
         yield config.micro_steps * x.numel()
-
-
-def matrix_rate(config, device):
-    """FLOP/s of a large square product, the most that a step could reach."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=pick_dtype(config.dtype, device))
-    seconds = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return 2 * n**3 / statistics.median(seconds[1:])
 
 
 # ----------------------------------------------------------------------------- hellaswag
@@ -506,7 +502,7 @@ def tokenize(config):
         if not list(Path(config.data).glob("*.parquet")):
             raise ValueError(f"no parquet file in {config.data}; leave --data out to use pydocs")
         peer = peer_tokenizes if config.peer else None
-        kind = "gigatoken" if fineweb.get_gigatoken() else "tiktoken"
+        kind = "gigatoken" if get_gigatoken() else "tiktoken"
         agree = functools.partial(same, "a shard's bytes")
         return duel(config, f"Mtok/s with {kind}", we_tokenize, peer, agree)
 
@@ -516,7 +512,7 @@ def pydocs_parquet(folder):
     import pyarrow.json
     import pyarrow.parquet
 
-    table = pyarrow.json.read_json(fineweb.write_pydocs(folder))
+    table = pyarrow.json.read_json(write_pydocs(folder))
     pyarrow.parquet.write_table(table, f"{folder}/pydocs.parquet", row_group_size=1000)
     return folder
 
@@ -558,10 +554,10 @@ def tokenize_by(command, folder, out):
         return sorted(Path(folder, out).glob("*.npy"))
 
     def hashes():
-        return [(path.name, fineweb.sha256(path)) for path in run()]
+        return [(path.name, sha256(path)) for path in run()]
 
     def millions():
-        return sum(len(fineweb.open_shard(str(path))) for path in run()) / 1e6
+        return sum(len(open_shard(str(path))) for path in run()) / 1e6
 
     return once_then(hashes, millions)
 
@@ -584,7 +580,7 @@ def we_generate(config):
     device = pick_device(config.device)
     model, idx, n = our_gpt(config).to(device).eval(), prompt(config), config.new_tokens
     dtype = pick_dtype(config.dtype, device)
-    fast = sample.decoder(model, dtype, 1) if config.dtype == "auto" else None
+    fast = decoder(model, dtype, 1) if config.dtype == "auto" else None
 
     def likeliest():
         return model.generate(idx, 32, temperature=0)[0].tolist()

@@ -15,6 +15,7 @@ otherwise are compared alike, those named seed_N as one config's seeds.
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -29,24 +30,29 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from tqdm import tqdm
 from tyro.conf import Positional
 
-import checkpoints
-import cli
-import switches
-from fineweb import load_shards, match_vocabulary, write_beside
-from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
-from train_gpt2 import TrainConfig, Windows, clock, short
+from model import GPT, GPTConfig
+from nanoswitch import checkpoints, cli
+from nanoswitch.counts import flops_per_token, kv_bytes_per_token, num_params, on_meta
+from nanoswitch.curves import draw, mean_curve
+from nanoswitch.device import autocast, pick_device, pick_dtype
+from nanoswitch.files import locked, write_beside
+from nanoswitch.log import read_run
+from nanoswitch.progress import clock, short
+from nanoswitch.shards import load_shards, match_vocabulary
+from nanoswitch.signals import StopSignal
+from nanoswitch.windows import Windows
+from train_gpt2 import TrainConfig
 
-# acc_norm of all 10,042 items by the completion protocol; GPT-3's is its paper's, for 124M
-HELLASWAG_MARKS = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
 MUST_AGREE = ("block_size", "vocab_used", "val_tokens", "hellaswag_limit", "overfit_single_batch")
 INCIDENTAL = {  # where and how a run was done, not what it computes
     "run_dir", "data_dir", "hellaswag_data", "device", "compile", "parallel", "micro_batch",
     "print_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume", "curve",
     "wandb",
 }  # fmt: skip
-PIP = "pip install matplotlib scipy"
 
 
 @dataclass
@@ -95,74 +101,6 @@ def name_of(path):
 
 
 # ----------------------------------------------------------------------------- reading logs
-
-
-@dataclass
-class Run:
-    """What a log says. values: {key: {step: value}} for all that was logged by step."""
-
-    folder: Path
-    start: dict
-    values: dict
-
-    @property
-    def config(self):
-        return self.start["config"]
-
-    @property
-    def seed(self):
-        return self.config.get("seed", 0)
-
-    @property
-    def finished(self):
-        """Whether the last step's evaluations are logged too."""
-        last, config = self.start.get("steps", 0), self.config
-        wanted = ["val_loss"] + ["hellaswag_acc_norm"] * bool(config.get("hellaswag_every"))
-        return all(max(self.values.get(key, {-1: 0})) >= last for key in wanted)
-
-    def curve(self, key):
-        """-> steps and values of a key, two lists."""
-        points = self.values.get(key, {})
-        return sorted(points), [points[step] for step in sorted(points)]
-
-    def last(self, key):
-        _, values = self.curve(key)
-        return values[-1] if values else None
-
-    def seconds(self, steps):
-        """Training time in s after each of the steps: evaluations and checkpoints left out."""
-        done, speeds = self.curve("tok_per_s")
-        spent = np.cumsum([0.0, *(self.config["total_batch_tokens"] / s for s in speeds)])
-        return np.interp(steps, [0, *done], spent).tolist()
-
-
-def read_run(folder):
-    """The Run of a run folder, or None when its log has no whole line yet; ValueError for a foreign
-    one."""
-    path = Path(folder) / "log.jsonl"
-    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    if len(lines) == 1:
-        return None
-    start, values = None, {}
-    for number, line in enumerate(lines, 1):
-        if not line or number == len(lines):  # the last one may be half there
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from None
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path} line {number} is no JSON object but {str(entry)[:40]}")
-        if entry.get("event") in ("start", "resume"):  # a resumed run may have got more steps
-            start = entry
-        for name, value in entry.items():
-            if "step" in entry and isinstance(value, int | float):  # null: a step was skipped
-                values.setdefault(name, {})[entry["step"]] = value
-    if start is None:
-        raise ValueError(f"{path} has no start entry: it is not a whole log")
-    if "parameters" not in start or "total_batch_tokens" not in start.get("config", {}):
-        raise ValueError(f"{path} is of another version: its start entry has no sizes")
-    return Run(Path(folder), start, values)
 
 
 def read_folders(path):
@@ -223,10 +161,8 @@ def paired(ours, first):
     mean, n = statistics.fmean(differences), len(differences)
     if n == 1:
         return {"mean": mean, "ci95": [None, None], "p": None}
-    try:
-        from scipy.stats import t
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"more than one seed needs scipy: {PIP}") from None
+    from scipy.stats import t  # main() has looked for it; one seed needs none
+
     error = statistics.stdev(differences) / math.sqrt(n)
     half = t.ppf(0.975, n - 1) * error
     p = 2 * t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
@@ -235,11 +171,7 @@ def paired(ours, first):
 
 def summary(runs):
     """The numbers of one config from its finished Runs, as in results.json."""
-    config = GPTConfig(**{
-        field.name: runs[0].config[field.name]
-        for field in dataclasses.fields(GPTConfig)
-        if field.name in runs[0].config
-    })  # fmt: skip
+    model = on_meta(runs[0].model_config)
     losses = [run.last("val_loss") for run in runs]
     steps = [run.curve("val_loss")[0][-1] for run in runs]
     score = None
@@ -254,8 +186,8 @@ def summary(runs):
     peaks = [peak for run in runs for peak in run.curve("peak_memory_bytes")[1]]
     return {
         "parameters": runs[0].start["parameters"],
-        "flops_per_token": switches.flops_per_token(config),
-        "kv_bytes_per_token": switches.kv_bytes_per_token(config),
+        "flops_per_token": flops_per_token(model),
+        "kv_bytes_per_token": kv_bytes_per_token(model),
         "tok_per_s": statistics.median(speeds) if speeds else None,
         "peak_memory_bytes": max(peaks, default=None),
         "wall_s": statistics.fmean(
@@ -283,12 +215,6 @@ def reaches(runs, loss):
         step = np.interp(-loss, [-mean[below - 1], -mean[below]], steps[below - 1 : below + 1])
     seconds = statistics.fmean(run.seconds([step])[0] for run in runs)
     return {"tokens": int(step * runs[0].config["total_batch_tokens"]), "s": seconds}
-
-
-def mean_curve(runs, key):
-    """Steps that all Runs have, and the mean of their values there."""
-    steps = sorted(set.intersection(*(set(run.values.get(key, {})) for run in runs)))
-    return steps, [statistics.fmean(run.values[key][step] for run in runs) for step in steps]
 
 
 def results(groups):
@@ -399,70 +325,6 @@ def mean_and_sd(row):
     return f"{loss['mean']:.4f}" + ("" if loss["sd"] is None else f" ± {loss['sd']:.4f}")
 
 
-# ----------------------------------------------------------------------------- the picture
-
-
-def draw(groups, path):
-    """{name: Runs} -> curves of validation loss against tokens, FLOPs and seconds, and of HellaSwag
-    against tokens, means over seeds with their range; one picture per suffix of the path's."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"drawing needs matplotlib: {PIP}") from None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    found = {name: summary(runs) for name, runs in groups.items() if runs[0].curve("val_loss")[0]}
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    (tokens, flops), (seconds, score) = figure.subplots(2, 2)
-    for name in found:
-        runs, batch = groups[name], groups[name][0].config["total_batch_tokens"]
-        steps, _ = mean_curve(runs, "val_loss")
-        spent = np.mean([run.seconds(steps) for run in runs], axis=0)
-        x = np.array(steps) * batch
-        plot(tokens, x / 1e6, runs, "val_loss", name)
-        plot(flops, x * found[name]["flops_per_token"], runs, "val_loss", name)
-        plot(seconds, spent, runs, "val_loss", name)
-        steps, _ = mean_curve(runs, "hellaswag_acc_norm")
-        plot(score, np.array(steps) * batch / 1e6, runs, "hellaswag_acc_norm", name)
-        if len(groups) == 1:
-            steps, losses = runs[0].curve("train_loss")
-            tokens.plot(np.array(steps) * batch / 1e6, losses, "grey", alpha=0.4, lw=0.7, zorder=0)
-    for name, value in (HELLASWAG_MARKS | {"chance": 0.25}).items():
-        score.axhline(value, linestyle=":" if name == "chance" else "--", color="grey", lw=0.8)
-        score.text(0.02, value, name, transform=score.get_yaxis_transform(), va="bottom", size=8)
-    for axis, label in ((tokens, "million tokens"), (flops, "FLOPs"), (seconds, "seconds")):
-        axis.set(xlabel=label, ylabel="validation loss (nats)")
-        low = [min(mean_curve(groups[name], "val_loss")[1]) for name in found]
-        high = [mean_curve(groups[name], "val_loss")[1] for name in found]
-        knee = max((values[len(values) // 4] for values in high), default=1)
-        if low and knee > min(low):  # the first quarter falls too far to see the rest beside it
-            axis.set_ylim(min(low) - 0.05 * (knee - min(low)), knee + 0.05 * (knee - min(low)))
-    score.set(xlabel="million tokens", ylabel="HellaSwag acc_norm")
-    scored = (run.curve("hellaswag_acc_norm")[0] for runs in groups.values() for run in runs)
-    score.set_visible(any(scored))  # else there is nothing to see
-    if found:
-        tokens.legend(fontsize=8)
-    with matplotlib.rc_context({"svg.hashsalt": "nanoswitch"}):  # the same runs, the same file
-        for suffix, extra in ((".png", {"dpi": 110}), (".svg", {"metadata": {"Date": None}})):
-            if not path.suffix or path.suffix == suffix:
-                picture = io.BytesIO()
-                figure.savefig(picture, format=suffix[1:], **extra)
-                with write_beside(str(path.with_suffix(suffix))) as file:
-                    file.write(picture.getvalue())
-
-
-def plot(axis, x, runs, key, name):
-    """The mean of Runs as a line, their range as a band."""
-    steps, mean = mean_curve(runs, key)
-    values = np.array([[run.values[key][step] for step in steps] for run in runs])
-    (line,) = axis.plot(x, mean, marker=".", markersize=4, label=name)
-    if len(runs) > 1 and steps:
-        band = values.min(axis=0), values.max(axis=0)
-        axis.fill_between(x, *band, color=line.get_color(), alpha=0.2, linewidth=0)
-
-
 # ----------------------------------------------------------------------------- longer contexts
 
 
@@ -480,10 +342,8 @@ def score_lengths(groups, multiples):
 
 def score_length(run, T):
     """The validation loss of a run's last checkpoint in windows of T tokens, or None."""
-    import torch
-
-    model = GPT.from_checkpoint(run.folder)
-    if model.config.block_size < T and not model.transformer.wpe.extrapolates:
+    model = GPT.from_pretrained(run.folder)
+    if model.config.block_size < T and not model.extrapolates:
         return None
     device = pick_device(run.config.get("device", "auto"))
     model = model.to(device).eval()
@@ -566,7 +426,7 @@ def plan(config, flags):
         if config.match == "params" and matched:
             argv.append(f"--mlp_hidden={match_parameters(path, argv, matched)}")
             model, train = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
-        matched = matched or switches.parameters(model)
+        matched = matched or num_params(model)
         configs[path] = dataclasses.asdict(model) | dataclasses.asdict(train)
         for seed in range(train.seed, train.seed + config.seeds):
             folder = Path(config.out) / "runs" / name_of(path) / f"seed_{seed}"
@@ -582,7 +442,7 @@ def match_parameters(path, argv, wanted):
 
     def count(hidden):
         flags = [*argv, f"--mlp_hidden={hidden}"]
-        return switches.parameters(cli.parse(GPTConfig, TrainConfig, argv=flags, configs=True)[0])
+        return num_params(cli.parse(GPTConfig, TrainConfig, argv=flags, configs=True)[0])
 
     each = count(2) - count(1)  # the count is a straight line
     exact = 1 + (wanted - count(1)) / each
@@ -611,15 +471,13 @@ def sweep(jobs, at_once):
     """Train every Job that is not done, `at_once` at a time -> the lines of those that failed.
 
     One that another process is training is passed over and looked at again later."""
-    from tqdm import tqdm
-
     waiting = deque(job for job in jobs if not job.done())
     active, failed, slots = [], [], deque(range(at_once))
     live = sys.stderr.isatty()  # else a line a minute, for a file
     shape = "{percentage:3.0f}%|{bar:20}| {n:.2f}/{total} runs, {elapsed} spent, {remaining} left"
     bar = tqdm(total=len(jobs), bar_format=shape, file=sys.stderr if live else io.StringIO())
     looked = said = 0.0
-    with checkpoints.StopSignal(False) as signal, bar, stopping(active):
+    with StopSignal(False) as signal, bar, stopping(active):
         while waiting or active:
             for _ in range(len(waiting)):
                 job = waiting.popleft()
@@ -676,8 +534,6 @@ def start(job, at_once):
     """Start a Job's process, with a GPU or a share of the cores of its own."""
     environment = dict(os.environ)
     if at_once > 1:
-        import torch
-
         cards = os.environ.get("CUDA_VISIBLE_DEVICES")
         cards = cards.split(",") if cards else range(torch.cuda.device_count())
         if torch.cuda.is_available():
@@ -712,7 +568,7 @@ def report(groups, config):
     check_runs(groups)
     found, out = results(finished), Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(out):
+    with locked(out):
         write(out / "results.md", table(found, config.match, unfinished))
         write(out / "results.json", json.dumps(found, indent=1))
         draw(finished, out / "curves")
@@ -722,23 +578,6 @@ def report(groups, config):
             write(out / "lengths.json", json.dumps(losses, indent=1))
     print_short(found)
     print(f"written: {out}/results.md, results.json, curves.png, curves.svg")
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder):
-    """Wait until no other process is in here with this folder."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: no guard
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def write(path, text):
@@ -774,15 +613,23 @@ def parse():
     return config, [f"--{name}={value}" for _, name, value in flags if name not in own]
 
 
+def check_packages(config):
+    """ModuleNotFoundError, before anything is trained, for what the report will need."""
+    wanted = {"matplotlib": "the curves need", "scipy": "more than one seed needs"}
+    for name, why in wanted.items():
+        needed = name != "scipy" or not config.trains or config.seeds > 1
+        if needed and importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"{why} {name}: pip install {' '.join(wanted)}")
+
+
 def main():
     config, flags = parse()
+    check_packages(config)
     if not config.trains:
         groups = {name_of(path): read_folders(path) for path in config.inputs}
         return report(groups, config)
     jobs, failed = plan(config, flags), []
     if not config.report_only:
-        import torch
-
         failed = sweep(jobs, config.jobs or torch.cuda.device_count() or 1)
     groups = {name_of(path): [] for path in config.inputs}  # in their order
     for job in jobs:

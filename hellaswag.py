@@ -23,18 +23,23 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import pyarrow.parquet as pq
 import torch
 from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-import cli
-from fineweb import EOT, N_VOCAB, get_tokenizer, trained_vocabulary, write_beside
-from hf import vocabulary_of
-from hub import hub_download
-from model import ANY_LENGTH, GPT, KVCache, autocast, pick_device, pick_dtype, tune_cpu
+from model import GPT
+from nanoswitch import cli
+from nanoswitch.cache import KVCache
+from nanoswitch.device import autocast, pick_device, pick_dtype, tune_cpu
+from nanoswitch.files import pointer_hint, write_beside
+from nanoswitch.hub import hub_download
+from nanoswitch.kernels import ANY_LENGTH
+from nanoswitch.load import vocabulary_of
+from nanoswitch.tokenizer import EOT, N_VOCAB, get_tokenizer, trained_vocabulary
 
 DATASET, DATA_FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
 DATA_FOLDER = "data/hellaswag"
@@ -44,7 +49,7 @@ TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 
 @dataclass
 class Config:
-    checkpoint: Positional[str]
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
     """run folder (its latest step), step folder, Hugging Face folder, or hub name such as gpt2"""
     data: str = ""
     """validation file: json lines, also .gz, or parquet; empty fetches the official one once"""
@@ -107,8 +112,6 @@ def read_items(path):
 def read_records(path):
     """Yield (line number, record) of a file of json lines; of a parquet file its rows."""
     if path.endswith(".parquet"):
-        import pyarrow.parquet as pq
-
         try:
             rows = pq.read_table(path).to_pylist()
         except (ValueError, OSError) as error:  # pyarrow raises either for a damaged file
@@ -122,7 +125,7 @@ def read_records(path):
                 if line.strip():
                     yield number, json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        hint = cli.pointer_hint(path)
+        hint = pointer_hint(path)
         raise ValueError(f"{path}, line {number} is not JSON: {error}{hint}") from None
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}, after line {number}: {error}") from None
@@ -245,7 +248,7 @@ def predict(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
         raise ValueError(
             f"the tokens are GPT-2's {vocab}, this model's vocabulary is {config.vocab_size}"
         )
-    longest = math.inf if model.transformer.wpe.extrapolates else config.block_size
+    longest = math.inf if model.extrapolates else config.block_size
     fitted = [[cut(row, longest) for row in example.rows] for example in examples]
     pairs = list(zip(examples, fitted, strict=True))
     changed = sum(example.rows != rows for example, rows in pairs)
@@ -294,7 +297,7 @@ def score_batch(model, batch, batch_tokens, device):
     shared = min(len(row.context) for row in batch)
     starts = {row.context[:shared]: None for row in batch}  # in order, each once
     numbers = {start: i for i, start in enumerate(starts)}
-    cache = KVCache(model.config, max(len(row.ids) for row in batch) - 1)
+    cache = KVCache(model, max(len(row.ids) for row in batch) - 1)
     contexts = model.features(torch.tensor(list(starts), device=device), cache)
     for part in parts(batch, shared, batch_tokens):
         owner = torch.tensor([numbers[row.context[:shared]] for row in part], device=device)  # (R,)
@@ -371,7 +374,7 @@ def main():
     items = load_items(config.data, config.limit, config.seed)
     device = pick_device(config.device)
     tune_cpu(device)
-    model = GPT.from_checkpoint(config.checkpoint).to(device)
+    model = GPT.from_pretrained(config.checkpoint).to(device)
     vocab = vocabulary_of(config.checkpoint, model.config) or N_VOCAB  # which predict refuses
     result = {"n": len(items)}
     lines = [{"ind": item["ind"], "label": item["label"]} for item in items]

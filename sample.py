@@ -6,29 +6,29 @@ Checkpoint -> text. CHECKPOINT is a run or step folder, a Hugging Face folder or
 """
 
 import contextlib
-import copy
-import functools
 import re
 import sys
-import warnings
-import weakref
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-import torch.nn as nn
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-import cli
-import hub
-from fineweb import EOT, get_tokenizer
-from hf import own_tokenizer
-from model import GPT, autocast, pick_device, pick_dtype
+from model import GPT
+from nanoswitch import cli
+from nanoswitch.decode import LOADED, kept_decoder
+from nanoswitch.device import autocast, pick_device, pick_dtype
+from nanoswitch.load import own_tokenizer
+from nanoswitch.publish import push
+from nanoswitch.tokenizer import EOT, get_tokenizer
+
+with contextlib.suppress(ImportError):  # gives input() arrow keys and a history
+    import readline  # noqa: F401
 
 
 @dataclass
 class SampleConfig:
-    checkpoint: Positional[str]
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
     """run folder (its latest step), step folder, Hugging Face folder, or hub name such as gpt2"""
     prompt: str = "Hello, I'm a language model,"
     """text to continue; empty starts a new document"""
@@ -79,7 +79,7 @@ def sample(model, prompt, config, own=None):
     """Continue a prompt -> a list of num_samples texts, the prompt left out.
 
     Tokens after a sample's end-of-text token are not part of it. own: the model's
-    hf.own_tokenizer, unless its vocabulary is GPT-2's."""
+    load.own_tokenizer, unless its vocabulary is GPT-2's."""
     tokenizer, eot = pick_tokenizer(own)
     ids = encode(tokenizer, eot, prompt)
     columns = list(draw(model, ids, config, eot))
@@ -131,7 +131,7 @@ def draw(model, ids, config, eot):
             f"the tokenizer is not its own"
         )
     device, new = next(model.parameters()).device, config.max_new_tokens
-    if not model.transformer.wpe.extrapolates:
+    if not model.extrapolates:
         room = model.config.block_size - len(ids)
         if room < 1:
             raise ValueError(
@@ -160,130 +160,10 @@ def draw(model, ids, config, eot):
 
 
 def load(checkpoint, device="auto"):
-    """A checkpoint, by path or hub name -> its model and its hf.own_tokenizer."""
-    model = GPT.from_checkpoint(checkpoint).to(pick_device(device)).eval()
+    """A checkpoint, by path or hub name -> its model and its load.own_tokenizer."""
+    model = GPT.from_pretrained(checkpoint).to(pick_device(device)).eval()
     LOADED[model] = {}
     return model, own_tokenizer(checkpoint, model.config)
-
-
-# ----------------------------------------------------------------------------- the decoder
-
-
-LOADED = weakref.WeakKeyDictionary()  # a model from load(), whose weights stay: its last decoder
-
-
-def kept_decoder(model, dtype, rows):
-    """decoder(), which for a loaded model is made once, not for every reply."""
-    kept, key = LOADED.get(model, {}), (next(model.parameters()).device, dtype, rows)
-    if key not in kept:
-        kept.clear()
-        kept[key] = decoder(model, dtype, rows)
-    return kept[key]
-
-
-def decoder(model, dtype, rows):
-    """What GPT.stream is to decode `rows` texts with: a copy of the model, its weights in half
-    precision; None where that is not faster. dtype is that of the matrix products. Each token must
-    read all weights; the products of a long prompt are faster in fp32 on most CPUs."""
-    device = next(model.parameters()).device
-    on_cpu = device.type == "cpu"
-    if on_cpu and rows <= 4:
-        dtype = torch.bfloat16
-    if dtype == torch.float32:
-        return None
-    model = copy.deepcopy(model).to(dtype)
-    vars(model).pop("stream", None)  # the page's watcher: it holds the copy, which holds it
-    if on_cpu and dtype == torch.bfloat16 == pick_dtype("auto", device):  # it has units for that
-        for module in list(model.modules()):
-            for name in ("c_attn", "c_proj", "c_fc", "lm_head"):
-                if hasattr(module, name):
-                    setattr(module, name, PackedLinear(getattr(module, name), rows))
-    return functools.partial(decode_step, model)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose bf16 weight lies as oneDNN likes to read it, which torch.compile would
-    do too after half a minute: the same result, for a few rows 1.4 to 2 times as fast."""
-
-    def __init__(self, linear, rows):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def decode_step(model, cache):
-    """The function that maps the newest token of every row of a KVCache, (B, 1), to the logits of
-    the next, (B, V used): the model's next_logits, on CUDA as a graph."""
-    device = cache.layers[0].k.device
-    # CPUs attend from one query several times as fast in fp32
-    cache.to(torch.float32 if device.type == "cpu" else model.lm_head.weight.dtype)
-    # a linformer's masks grow with the number of segments
-    if device.type == "cuda" and model.config.attention != "linformer":
-        try:
-            return GraphedStep(model, cache)
-        except RuntimeError as error:  # slower without, but the same
-            cache.static = False
-            reason = " ".join(str(error.__context__ or error).split())[:100]
-            warnings.warn(f"no CUDA graph ({reason}): decoding without", stacklevel=2)
-    return functools.partial(in_own_dtype, model, cache)
-
-
-def in_own_dtype(model, cache, token, pos=None):
-    """next_logits without autocast: the weights have been cast."""
-    with torch.inference_mode(), autocast(token.device, torch.float32):
-        return model.next_logits(token, cache, pos)
-
-
-class GraphedStep:
-    """decode_step as a CUDA graph, which launches all its kernels at once: one by one that takes
-    many times as long as to run them. It reads the token and its position from two tensors."""
-
-    def __init__(self, model, cache):
-        model.check_length(cache.seen + 1)
-        k = cache.layers[0].k
-        self.model, self.cache, cache.static = model, cache, True
-        self.token = torch.zeros(len(k), 1, dtype=torch.int64, device=k.device)
-        self.pos = torch.full((1,), cache.seen, device=k.device)
-        # what this leaves in the cache, the first token overwrites
-        self.replay = record(self.step, k.device)
-
-    def step(self):
-        seen = self.cache.seen
-        try:
-            return in_own_dtype(self.model, self.cache, self.token, self.pos)
-        finally:
-            self.cache.seen = seen  # counted below: Python does not run when a graph does
-
-    def __call__(self, token):
-        self.model.check_length(self.cache.seen + 1)
-        self.token.copy_(token)
-        logits = self.replay()
-        self.pos += 1
-        self.cache.seen += 1
-        return logits
-
-
-def record(step, device):
-    """Record the kernels that step() launches on a CUDA device -> a function that runs them again
-    and returns the tensor that step() did, with new content."""
-    with torch.cuda.device(device):
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # its own: torch's default one serves one card
-            step()  # libraries make at their first call what cannot be recorded
-            # other threads of the page may be at work on the card meanwhile
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                result = step()
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
 
 
 # ----------------------------------------------------------------------------- the chat
@@ -318,8 +198,6 @@ class Chat:
         print(f"{checkpoint}: {size:.1f}M parameters, a context of {context} tokens")
 
     def run(self):
-        with contextlib.suppress(ImportError):  # gives input() arrow keys and a history
-            import readline  # noqa: F401
         sys.stdin.reconfigure(errors="replace")
         while True:
             replying = False
@@ -398,7 +276,7 @@ def main():
         return Chat(config).run()
     model, own = load(config.checkpoint, config.device)
     if config.push:
-        address, what = hub.push(model, own, config.checkpoint, config.push, config.public)
+        address, what = push(model, own, config.checkpoint, config.push, config.public)
         return print(f"{address}: {what}\nnext: python sample.py {config.push} --chat")
     for text in sample(model, config.prompt, config, own):
         print(config.prompt + text)

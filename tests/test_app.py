@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 
 import app
 import sample
-from fineweb import get_tokenizer
-from model import ATTENTIONS, GPT, KERNELS, POSITIONS, GPTConfig
+from model import ATTENTIONS, GPT, POSITIONS, GPTConfig
+from nanoswitch.kernels import KERNELS
+from nanoswitch.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PIN = next(

@@ -29,21 +29,21 @@ from hub_server import point_client_at, serve
 from safetensors.torch import load_file, save_file
 
 import bench
-import cli
 import compare
 import fineweb
 import hellaswag
-import hf
 import sample
-import switches
 import train_gpt2
-from hub import check_hash
 from model import GPT, GPTConfig
+from nanoswitch import cli, export, hf, switches
+from nanoswitch import shards as shards_file
+from nanoswitch import windows as windows_file
+from nanoswitch.hub import check_hash
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "fineweb": fineweb, "train_gpt2": train_gpt2, "hellaswag": hellaswag, "sample": sample,
-    "compare": compare, "model": switches, "hf": hf, "bench": bench,
+    "compare": compare, "model": switches, "export": export, "bench": bench,
 }  # fmt: skip
 CONFIG = """
 data_dir = "data"
@@ -121,7 +121,7 @@ def here(whole, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "w")
     monkeypatch.chdir(tmp_path / "w")
     point_client_at("http://127.0.0.1:1", monkeypatch)
-    monkeypatch.setattr("hub.answered", False)
+    monkeypatch.setattr("nanoswitch.hub.answered", False)
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -301,10 +301,10 @@ CASES = {
         ("compare run --outt x", nothing, ["--outt", "did you mean out?"]),
         ("model --n_layers 3", nothing, ["--n_layers", "did you mean n_layer?"],
          "model --n_layer 3"),
-        ("hf step --outt x", nothing, ["--outt", "did you mean out?"]),
+        ("export step --outt x", nothing, ["--outt", "did you mean out?"]),
         ("model --zzqq 1", nothing, ["--zzqq", "--help"]),
         ("train_gpt2 c.toml --lr", nothing, ["--lr needs a value"]),
-        ("hf step", nothing, ["out"], "hf llama --out out/x"),
+        ("export step", nothing, ["out"], "export llama --out out/x"),
         ("sample", nothing, ["Missing", "run folder", "hub name"], SAMPLE),
         ("compare", nothing, ["name config files to train, or run folders"]),
         ("compare run c.toml", nothing, ["config files (.toml) or run folders, not both"]),
@@ -446,10 +446,10 @@ CASES = {
         (TRAIN, lambda: shard(NPY, [7] * 99 + [60000]), [NPY, "id 60000 at 99"]),
         (TRAIN, lambda: shard("data/x_val_000000.npy", [50257] * 99), ["x_val_000000", "50257"]),
         (TRAIN, both(
-            write("data/manifest.json", json.dumps(fineweb.MANIFEST)),
+            write("data/manifest.json", json.dumps(shards_file.MANIFEST)),
             edit("data/manifest.json", tokenizer={"name": "llama"})), ["data", "llama", "gpt2"]),
         (TRAIN, both(
-            write("data/manifest.json", json.dumps(fineweb.MANIFEST)),
+            write("data/manifest.json", json.dumps(shards_file.MANIFEST)),
             edit("data/manifest.json", settings={"vocab_size": 9})), ["data", "vocab_size 9"]),
         (INFO, lambda: shard(NPY, [7, 60000]), [NPY, "id 60000 at 1"]),
         (INFO, cut(NPY, 300), [NPY, "is truncated"]),
@@ -533,8 +533,8 @@ CASES = {
          ["run", "another version"]),
         (RESUME, write("run/step_000001/config.json", "{}"), ["config.json", "checksum"]),
         (RESUME, cut(STATE, 1000), [STATE]),
-        ("hf step --out note.txt", nothing, ["note.txt", "--out"], "hf llama --out out/new"),
-        ("hf step --out data", nothing, ["data", "not an empty folder"], "hf llama --out out/new"),
+        ("export step --out note.txt", nothing, ["note.txt", "--out"], "export llama --out out/n"),
+        ("export step --out data", nothing, ["data", "empty folder"], "export llama --out out/n"),
         ("compare nowhere", nothing, ["nowhere", "give the folder of a run"]),
         ("compare run", write("run/log.jsonl", "{oops\n"), ["run/log.jsonl", "line 1"]),
         ("compare run", write("run/log.jsonl", "{oops"), ["run/log.jsonl with a whole line"]),
@@ -602,7 +602,7 @@ CASES = {
         (f"{SCORE} --out note.txt/x.json", nothing, ["note.txt", "another path"],
          f"{SCORE} --out out/x.json"),
         (f"{SCORE} --out data", nothing, ["data is a folder"], f"{SCORE} --out out/x.json"),
-        ("hf step --out note.txt/x", nothing, ["note.txt", "another path"]),
+        ("export step --out note.txt/x", nothing, ["note.txt", "another path"]),
         ("compare run --out note.txt", nothing, ["note.txt", "another path"],
          "compare run --out out"),
         ("model --plot note.txt", nothing, ["note.txt", "another path"]),
@@ -612,7 +612,7 @@ CASES = {
         ("train_gpt2 c.toml --init_from me/model", nothing, ["me/model", "from a folder"],
          "train_gpt2 c.toml --init_from step"),
         ("hellaswag gpt2 --data val.jsonl", nothing, ["gpt2", "from a folder"], SCORE),
-        ("hf gpt2 --out out/x", nothing, ["gpt2", "from a folder"]),
+        ("export gpt2 --out out/x", nothing, ["gpt2", "from a folder"]),
         ("fineweb --out out", nothing, ["HuggingFaceFW/fineweb-edu", "--source pydocs"], TOKENIZE),
         ("fineweb --pretokenized me/ready --out out", nothing, ["me/ready", "--source pydocs"]),
         ("hellaswag step", nothing, ["Rowan/hellaswag", "--data FILE"], SCORE),
@@ -686,7 +686,7 @@ def test_an_id_beyond_the_vocabulary_is_found_where_it_is_read(here):
     """The first 65,536 of every shard are checked at the start, the rest as it is read."""
     shard(NPY, [7] * 70000 + [60000] + [7] * 99)
     config = train_gpt2.TrainConfig(data_dir="data")
-    windows = train_gpt2.open_windows(config, "train", GPTConfig(block_size=16))
+    windows = windows_file.open_windows(config.data_dir, "train", GPTConfig(block_size=16))
     windows.read([0, 4373])
     with pytest.raises(ValueError, match=rf"{NPY} holds id 60000 at 70000"):
         windows.read([0, 4374])
@@ -746,7 +746,7 @@ def words_tokenizer(path):
 def test_a_foreign_model_speaks_by_its_own_tokenizer(here, monkeypatch, capsys, where):
     pytest.importorskip("tokenizers")
     words_tokenizer("llama/tokenizer.json")
-    model = GPT.from_checkpoint("llama")
+    model = GPT.from_pretrained("llama")
     ids = model.generate(torch.tensor([[5, 6]]), 4, temperature=0)[0].tolist()
     name = "llama" if where == "a folder" else "me/llama"
     files = {p.name: p.read_bytes() for p in Path("llama").iterdir()}
@@ -789,7 +789,7 @@ def test_a_parquet_listed_outside_the_folder_is_refused(here, monkeypatch):
 def test_a_download_that_its_hash_disowns_is_fetched_again(here, monkeypatch, capsys):
     """Same size, a whole shard by its header, one id changed: only the hash tells."""
     good, bad = shard_bytes((5, 50256, 9)), shard_bytes((5, 50256, 8))
-    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("nanoswitch.hub.BACKOFF_SECONDS", 0.001)
     files = {"x_val_0.bin": good, "x_train_1.bin": good}
     with serve({"datasets/me/ready": files}, {"GET train_1.bin": [bad]}) as hub:
         point_client_at(hub.url, monkeypatch)
@@ -810,7 +810,7 @@ def test_gits_hash_of_small_files_counts_too(tmp_path):
 @pytest.mark.parametrize("fault", [401, 403, 500])
 def test_the_hubs_token_is_in_no_message(here, monkeypatch, fault):
     monkeypatch.setenv("HF_TOKEN", "hf_SECRETsecretSECRET")
-    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("nanoswitch.hub.BACKOFF_SECONDS", 0.001)
     with serve({"me/m": {}}, {"HEAD config.json": [fault] * 9}) as hub:
         point_client_at(hub.url, monkeypatch)
         for line in ("sample me/m", f"{TRAIN} --init_from me/m"):
@@ -836,7 +836,11 @@ def test_a_name_that_does_not_resolve_fails_at_once(here):
 
 
 def test_the_scripts_themselves_end_in_one_line_and_debug_shows_the_traceback(here):
-    lines = {f"{TRAIN} --data_dir nowhere": 1, "fineweb info nowhere": 1, "model --n_layer x": 2}
+    lines = {
+        f"{TRAIN} --data_dir nowhere": 1,
+        "fineweb info nowhere": 1,
+        "train_gpt2 --n_layer x": 2,
+    }
     for line, status in lines.items():
         done = process(line)
         assert done.returncode == status and done.stdout == "", done
@@ -850,7 +854,7 @@ def test_no_script_evaluates_unpickles_or_starts_a_shell():
     """By syntax tree: exec and eval, pickles, YAML, shells; torch.load only with weights only."""
     banned = {"eval", "exec", "compile", "__import__", "system", "popen"}
     unsafe = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "yaml"}
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("nanoswitch/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 import bench
-import cli
+from nanoswitch import cli
 
 PEER = """
     import torch, model

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 import sample as s
-from fineweb import get_tokenizer
 from model import GPT, GPTConfig
+from nanoswitch.tokenizer import get_tokenizer
 
 pty = pytest.importorskip("pty")
 ROOT = Path(__file__).parent.parent

@@ -1,5 +1,6 @@
 """cli.py: who wins, what is refused, and that a refusal is one line with status 2."""
 
+import ast
 import itertools
 import os
 import re
@@ -11,7 +12,7 @@ from typing import Literal
 
 import pytest
 
-import cli
+from nanoswitch import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +54,8 @@ def parse(*argv):
 def test_the_error_is_one_sentence_on_any_terminal(encoding, flag, tmp_path):
     """tyro draws its frames with other characters where the terminal has no UTF-8."""
     lines = [
-        "import cli, sys",
+        "import sys",
+        "from nanoswitch import cli",
         f"sys.path.insert(0, {str(ROOT / 'tests')!r})",
         "from test_cli import Model",
         f"cli.parse(Model, argv=[{flag!r}], description='d')",
@@ -265,7 +267,8 @@ def test_help_of_the_model_documents_every_switch(capsys, monkeypatch):
 # ----------------------------------------------------------------------------- run
 
 SCRIPT = """
-import cli, sys
+import sys
+from nanoswitch import cli
 from dataclasses import dataclass
 
 @dataclass
@@ -352,13 +355,13 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
 
 
 def test_importing_cli_needs_the_standard_library_only():
-    import ast
-
-    tree = ast.parse((ROOT / "cli.py").read_text())
-    names = {
-        alias.name.split(".")[0]
-        for node in tree.body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    }
-    assert names <= set(sys.stdlib_module_names)
+    code = "import sys, nanoswitch.cli; print({n.split('.')[0] for n in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    light = subprocess.run(
+        [sys.executable, "-c", "import sys; print({n.split('.')[0] for n in sys.modules})"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    new = ast.literal_eval(done.stdout) - ast.literal_eval(light.stdout)
+    assert new <= set(sys.stdlib_module_names) | {"nanoswitch"}

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import cli
 import compare
 from model import GPT, GPTConfig
+from nanoswitch import cli
+from nanoswitch import log as log_file
+from nanoswitch.counts import flops_per_token
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16}
@@ -113,7 +115,7 @@ def test_a_row_holds_what_the_logs_say(tmp_path):
     assert row["diff"]["mean"] == pytest.approx((-1.0 - 1.0 - 1.1) / 3)
     assert row["kv_bytes_per_token"] == 2 * 8 * 2  # keys and values, 8 wide, bf16, one layer
     gpt = GPT(GPTConfig(**MODEL))
-    assert row["flops_per_token"] == gpt.flops_per_token()
+    assert row["flops_per_token"] == flops_per_token(gpt)
     # the mean curve falls from 10 to 4.0 in 3 steps and passes 15.1 / 3 on the way
     part = (10 - 15.1 / 3) / (10 - 4.0)
     assert row["reaches_first"]["tokens"] == pytest.approx(part * 3 * BATCH, abs=1)
@@ -155,17 +157,17 @@ def test_a_log_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path)
     run = write_run(tmp_path / "a", {0: 10.0})
     with open(run / "log.jsonl", "a") as file:
         file.write('{"step": 3, "val_l')
-    found = compare.read_run(run)
+    found = log_file.read_run(run)
     assert found.curve("val_loss") == ([0], [10.0]) and not found.finished
     (run / "log.jsonl").write_text("")
-    assert compare.read_run(run) is None
+    assert log_file.read_run(run) is None
 
 
 def test_a_skipped_step_has_no_loss(tmp_path):
     run = write_run(tmp_path / "a", {3: 5.0})
     with open(run / "log.jsonl", "a") as file:
         file.write('{"step": 4, "train_loss": null, "tok_per_s": 3.0}\n')
-    assert compare.read_run(run).curve("train_loss") == ([], [])
+    assert log_file.read_run(run).curve("train_loss") == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -272,7 +274,7 @@ def test_a_sweep_trains_every_config_with_every_seed(sweep):
     ]  # fmt: skip
     found = json.loads((folder / "out" / "results.json").read_text())["configs"]
     for name in ("gpt2", "rope_gqa"):
-        runs = [compare.read_run(logs[f"{name}/seed_{seed}"].parent) for seed in (1337, 1338)]
+        runs = [log_file.read_run(logs[f"{name}/seed_{seed}"].parent) for seed in (1337, 1338)]
         losses = [run.values["val_loss"][6] for run in runs]
         assert found[name]["val_loss"]["seeds"] == losses and losses[0] != losses[1]
         for run in runs:  # every step once, in spite of the kill
@@ -294,7 +296,9 @@ def test_its_runs_see_the_same_tokens_and_start_alike(sweep):
     (folder / "math.toml").write_text('attention_kernel = "math"\n')
     argv = [folder / "gpt2.toml", folder / "math.toml", *argv[2:]]
     command(*argv, "--seeds", 1, "--out", folder / "out", "--match", "none")
-    runs = [compare.read_run(folder / "out/runs" / name / "seed_1337") for name in ("gpt2", "math")]
+    runs = [
+        log_file.read_run(folder / "out/runs" / name / "seed_1337") for name in ("gpt2", "math")
+    ]
     assert len({run.start["data_sha256"] for run in runs}) == 1
     ours, other = (run.curve("train_loss") for run in runs)
     assert ours[0] == other[0] and ours[1] == pytest.approx(other[1], abs=1e-5)
@@ -353,7 +357,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, tmp_path):
     (tmp_path / "wide.toml").write_text("micro_batch = 3\n")  # does not divide the batch
     done = command(tmp_path / "wide.toml", *argv, fails=True)
     assert "wide/seed_1337" in done.stderr and "micro_batch 3" in done.stderr
-    assert compare.read_run(tmp_path / "out/runs/rope_gqa/seed_1337").finished
+    assert log_file.read_run(tmp_path / "out/runs/rope_gqa/seed_1337").finished
     # nothing stands in for the first, with which all are compared
     assert "wide has no finished run yet" in done.stderr
     assert not (tmp_path / "out/results.json").exists()

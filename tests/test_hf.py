@@ -10,9 +10,9 @@ import torch
 from hub_server import point_client_at, serve
 from safetensors.torch import load_file, save_file
 
-import fineweb
-import hf
 from model import GPT, GPTConfig
+from nanoswitch import export, hf
+from nanoswitch import tokenizer as tokenizer_file
 
 transformers = pytest.importorskip("transformers")
 V, T = 97, 24
@@ -187,7 +187,7 @@ def cache(tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("nanoswitch.hub.BACKOFF_SECONDS", 0.01)
 
 
 def files_of(folder):
@@ -207,7 +207,7 @@ def test_a_hub_name_loads_through_faults_and_once(tmp_path, cache, monkeypatch):
     for name in repos:
         with serve(repos, faults=faults) as hub:
             point_client_at(hub.url, monkeypatch)
-            assert gap(GPT.from_checkpoint(name), theirs) < 1e-4
+            assert gap(GPT.from_pretrained(name), theirs) < 1e-4
             asked = sum(hub.requests.values())
             GPT.from_pretrained(name)
             assert sum(hub.requests.values()) == asked  # from the cache
@@ -345,7 +345,7 @@ def test_the_exported_tokenizer_encodes_as_tiktoken(kind, tmp_path, monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     ours = export_gpt2_vocabulary(tmp_path / "out", **EXPORTS[kind] | SMALL)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    enc = fineweb.get_tokenizer()
+    enc = tokenizer_file.get_tokenizer()
     for text in TEXTS:
         ids = enc.encode_ordinary(text)
         assert tokenizer(text)["input_ids"] == ids, repr(text)
@@ -354,11 +354,11 @@ def test_the_exported_tokenizer_encodes_as_tiktoken(kind, tmp_path, monkeypatch)
     plain = tokenizer(mark, split_special_tokens=True)["input_ids"]
     assert plain == enc.encode_ordinary(mark)
     assert tokenizer(mark)["input_ids"] == enc.encode(mark, allowed_special="all")
-    assert tokenizer.eos_token_id == tokenizer.bos_token_id == fineweb.EOT
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer_file.EOT
     assert tokenizer.model_max_length == T and len(tokenizer) == 50257
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert theirs.config.eos_token_id == fineweb.EOT
+    assert theirs.config.eos_token_id == tokenizer_file.EOT
     idx = torch.tensor([enc.encode_ordinary("Hello, I'm a")])
     want = ours.generate(idx, 12, temperature=0)
     assert torch.equal(greedy(theirs, idx, 12), want) and want.max() < 50257
@@ -373,17 +373,18 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     (step / "config.json").write_text(json.dumps({"model": vars(model.config)}))
     save_file({n: p for n, p in model.state_dict().items() if n != "lm_head.weight"},
               step / "model.safetensors")  # fmt: skip
-    args = ["hf.py", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    args = ["export.py", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=root)
+    line = [sys.executable, "-m", "nanoswitch.export", *args[1:]]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "llama layout" in done.stdout and "without a tokenizer" in done.stdout
-    assert torch.equal(GPT.from_checkpoint(tmp_path / "out")(IDX)[0], model(IDX)[0])
+    assert torch.equal(GPT.from_pretrained(tmp_path / "out")(IDX)[0], model(IDX)[0])
     monkeypatch.setattr(sys, "argv", args)
-    refusal(hf.main, "not an empty folder")
+    refusal(export.main, "not an empty folder")
     monkeypatch.setattr(sys, "argv", args[:2])
     with pytest.raises(SystemExit) as stop:
-        hf.main()
+        export.main()
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -397,7 +398,10 @@ def test_the_evaluation_harness_scores_the_exported_folder_as_we_do(fields, tmp_
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    ours, enc = export_gpt2_vocabulary(tmp_path / "out", **fields | SMALL), fineweb.get_tokenizer()
+    ours, enc = (
+        export_gpt2_vocabulary(tmp_path / "out", **fields | SMALL),
+        tokenizer_file.get_tokenizer(),
+    )
     pairs = [
         ("A man is sitting on a roof. He", " starts pulling up roofing."),
         ("A man is sitting on a roof. He", " is using wrap."),

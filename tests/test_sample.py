@@ -15,10 +15,10 @@ import torch
 from hub_server import point_client_at, serve
 from safetensors.torch import save_file
 
-import cli
 import sample as s
-from fineweb import get_tokenizer
 from model import GPT, GPTConfig
+from nanoswitch import cli, decode
+from nanoswitch.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 EOT = 50256
@@ -212,8 +212,8 @@ def test_a_stream_leaves_autocast_to_itself():
 
 
 def test_a_loaded_model_keeps_its_decoder(checkpoint, monkeypatch):
-    made, make = [], s.decoder
-    monkeypatch.setattr(s, "decoder", lambda *args: (made.append(args), make(*args))[1])
+    made, make = [], decode.decoder
+    monkeypatch.setattr(decode, "decoder", lambda *args: (made.append(args), make(*args))[1])
     loaded, auto = s.load(checkpoint, "cpu")[0], config(dtype="auto", max_new_tokens=20)
     texts = [s.sample(loaded, "", auto) for _ in range(3)]
     assert texts[0] == texts[1] == texts[2] and len(made) == 1
@@ -273,7 +273,7 @@ def client(tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("hub.BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("nanoswitch.hub.BACKOFF_SECONDS", 0.001)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
@@ -313,7 +313,7 @@ def test_a_pushed_model_loads_back_by_name(fields, layout, client, tmp_path, mon
         call(monkeypatch, run, "--push", "me/m")
         files = hub.repos["me/m"]
         assert hub.private == {"me/m"} and ("tokenizer.json" in files) == (layout != "nanoswitch")
-        loaded = GPT.from_checkpoint("me/m")
+        loaded = GPT.from_pretrained("me/m")
         assert call(monkeypatch, "me/m", "--max_new_tokens", "3", "--device", "cpu") is None
     idx = torch.arange(20)[None]
     assert torch.equal(loaded(idx)[0], model(idx)[0])
@@ -337,7 +337,7 @@ def test_a_second_push_replaces_the_first(client, tmp_path, monkeypatch, capfd):
         point_client_at(hub.url, monkeypatch)
         call(monkeypatch, tmp_path / "one", "--push", "me/m", "--public", "true")
         assert not hub.private and "public, gpt2 layout" in capfd.readouterr().out
-        GPT.from_checkpoint("me/m")
+        GPT.from_pretrained("me/m")
         hub.repos["me/m"]["notes.txt"] = b"mine"
         with pytest.raises(SystemExit):  # what is public is not added to by accident
             call(monkeypatch, tmp_path / "two", "--push", "me/m")
@@ -347,7 +347,7 @@ def test_a_second_push_replaces_the_first(client, tmp_path, monkeypatch, capfd):
         call(monkeypatch, tmp_path / "two", "--push", "me/m", "--public", "true")
         kept = {".gitattributes", "README.md", "config.json", "model.safetensors", "notes.txt"}
         assert hub.repos["me/m"].keys() == kept
-        loaded = GPT.from_checkpoint("me/m")
+        loaded = GPT.from_pretrained("me/m")
     idx = torch.arange(20)[None]
     assert torch.equal(loaded(idx)[0], second(idx)[0])
 

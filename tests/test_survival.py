@@ -24,9 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # where this file is the 
 
 import test_train as tt
 
-import checkpoints
-import cli
-import parallel
+from nanoswitch import checkpoints, cli, parallel, signals
+from nanoswitch import log as log_file
 
 ROOT = Path(__file__).parent.parent
 FEW = dict(keep_checkpoints=0, eval_every=3, val_tokens=32, sample_every=0)
@@ -187,7 +186,7 @@ class FullFile:
 
 
 def test_the_log_keeps_what_a_full_disk_refuses(tmp_path, capsys):
-    log = checkpoints.Log(tmp_path, 0, active=True)
+    log = log_file.Log(tmp_path, 0, active=True)
     log.file = file = FullFile()
     for step in range(1, 6):
         file.full = step in (2, 3)
@@ -270,7 +269,7 @@ def test_a_signal_saves_at_the_next_step_boundary(whole, data, tmp_path, capfd, 
 
 
 def test_a_second_interrupt_stops_at_once(capfd):
-    with checkpoints.StopSignal(active=True) as wish:
+    with signals.StopSignal(active=True) as wish:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert wish.number == signal.SIGINT
@@ -402,12 +401,12 @@ def test_spikes_have_the_z_score_of_the_losses_before(tmp_path):
     rng = np.random.default_rng(0)
     losses = (3 + 0.1 * rng.standard_normal(100)).tolist()
     mean, sd = np.mean(losses), np.std(losses, ddof=1)
-    assert checkpoints.spike(mean + 4.9 * sd, losses) is None
-    assert checkpoints.spike(mean + 6 * sd, losses) == pytest.approx(6)
-    assert checkpoints.spike(mean - 60 * sd, losses) is None
-    assert checkpoints.spike(99.0, losses[:19]) is None
-    assert checkpoints.spike(math.nan, losses) is None
-    assert statistics.stdev([3.0] * 50) == 0 and checkpoints.spike(9.0, [3.0] * 50) is None
+    assert log_file.spike(mean + 4.9 * sd, losses) is None
+    assert log_file.spike(mean + 6 * sd, losses) == pytest.approx(6)
+    assert log_file.spike(mean - 60 * sd, losses) is None
+    assert log_file.spike(99.0, losses[:19]) is None
+    assert log_file.spike(math.nan, losses) is None
+    assert statistics.stdev([3.0] * 50) == 0 and log_file.spike(9.0, [3.0] * 50) is None
 
 
 def test_a_run_from_before_a_switch_existed_had_it_off(copy, data):
@@ -421,7 +420,7 @@ def test_a_run_from_before_a_switch_existed_had_it_off(copy, data):
 
 
 def test_the_losses_before_outlive_a_resume(copy):
-    log = checkpoints.Log(copy, 4, active=True)
+    log = log_file.Log(copy, 4, active=True)
     assert list(log.losses) == tt.column(copy, "train_loss") and len(log.losses) == 4
 
 

@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import formulas
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,19 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_file
-import sample
-import switches
-from model import (
-    ATTENTIONS,
-    GPT,
-    KERNELS,
-    MLPS,
-    NORMS,
-    POSITIONS,
-    GPTConfig,
-    KVCache,
-)
-from parallel import make_optimizers
+from model import ATTENTIONS, GPT, MLPS, NORMS, POSITIONS, GPTConfig, has_bias
+from nanoswitch import counts, decode, kernels
+from nanoswitch.cache import KVCache
+from nanoswitch.kernels import KERNELS
+from nanoswitch.optimizers import make_optimizers
 from train_gpt2 import TrainConfig
 
 END = 89  # the end-of-text id of the tiny vocabulary
@@ -194,8 +187,11 @@ def test_window_chunks_make_up_the_whole_mask(pos, T, window, document_mask):
     model = build(tiny(pos=pos, window=window, document_mask=document_mask, block_size=T))
     idx, places = tokens(T=T), torch.arange(T)
     idx[1, T // 2] = END
-    whole = torch.full((2, 4, T, T), math.nan)
-    chunks, bias = model.masks(places, idx, None)[window], model.transformer.wpe.bias
+    whole, docs = torch.full((2, 4, T, T), math.nan), (idx == END).cumsum(1)
+    chunks, bias = (
+        model.masks(places, docs if document_mask else None)[0],
+        model.transformer.wpe.bias,
+    )
     for rows, keys, mask in chunks:
         n = rows.stop - rows.start
         whole[:, :, rows] = -math.inf
@@ -229,9 +225,9 @@ def test_attention_in_chunks_has_the_gradients_of_one_masked_product(window, pos
     scores = q @ k.transpose(2, 3) / math.sqrt(8) - (slopes * behind if pos == "alibi" else 0)
     seen = (behind >= 0) & (behind < window)
     want = scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
-    chunks = model_file.window_masks(places, window, wpe)
+    chunks = kernels.window_masks(places, window, wpe.bias if has_bias(wpe) else None)
     assert len(chunks) > 2 or window > T / 2
-    got = model_file.sdpa(q, k, v, chunks, 0.0)
+    got = kernels.sdpa(q, k, v, chunks, 0.0)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     found, expected = (torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (got, want))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -239,7 +235,7 @@ def test_attention_in_chunks_has_the_gradients_of_one_masked_product(window, pos
 
 def decoder(model):
     """What sample.py gives GPT.stream, for any dtype."""
-    return partial(sample.decode_step, model)
+    return partial(decode.decode_step, model)
 
 
 @pytest.mark.parametrize("pos", POSITIONS)
@@ -270,9 +266,9 @@ def test_the_half_precision_decoder_says_what_whole_passes_say(changes):
     for p in model.parameters():
         if p.dim() == 1:  # biases, which begin at 0
             p += 0.1 * torch.randn_like(p)
-    cache = KVCache(model.config, 23)
+    cache = KVCache(model, 23)
     model.next_logits(idx[:, :9], cache)
-    step = sample.decoder(model, torch.bfloat16, rows=2)(cache)
+    step = decode.decoder(model, torch.bfloat16, rows=2)(cache)
     for t in range(9, 23):
         want = model(idx[:, : t + 1])[0][:, -1, : model.config.vocab_used]
         got = step(idx[:, t : t + 1])
@@ -280,7 +276,7 @@ def test_the_half_precision_decoder_says_what_whole_passes_say(changes):
 
 
 class Recorder(TorchDispatchMode):
-    """sample.record on a CPU. Like a CUDA graph, what it records is kernels alone: their results
+    """decode.record on a CPU. Like a CUDA graph, what it records is kernels alone: their results
     come to lie where they first did, Python does not run again, and no value reaches it."""
 
     HOST = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
@@ -309,8 +305,8 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    monkeypatch.setattr(sample, "record", Recorder)
-    monkeypatch.setattr(sample, "decode_step", sample.GraphedStep)
+    monkeypatch.setattr(decode, "record", Recorder)
+    monkeypatch.setattr(decode, "decode_step", decode.GraphedStep)
 
 
 @pytest.mark.parametrize("changes", [c for c in VARIANTS if "attention" not in c], ids=str)
@@ -335,12 +331,12 @@ def test_where_nothing_can_be_recorded_decoding_goes_on_without(monkeypatch):
     def fails(*args):
         raise RuntimeError("not permitted\nwhen capturing")
 
-    monkeypatch.setattr(sample, "GraphedStep", fails)
-    model, on_card = build(tiny()), SimpleNamespace(k=SimpleNamespace(device=torch.device("cuda")))
-    cache = SimpleNamespace(layers=[on_card], to=lambda dtype: None)
+    monkeypatch.setattr(decode, "GraphedStep", fails)
+    model, on_card = build(tiny()), torch.device("cuda")
+    cache = SimpleNamespace(device=on_card, to=lambda dtype: None)
     with pytest.warns(UserWarning, match="no CUDA graph .not permitted when capturing.: decoding"):
-        step = sample.decode_step(model, cache)
-    assert step.func == sample.in_own_dtype and step.args == (model, cache) and not cache.static
+        step = decode.decode_step(model, cache)
+    assert step.func == decode.in_own_dtype and step.args == (model, cache) and not cache.static
 
 
 def test_a_recorded_step_still_knows_the_models_last_position(recorded):
@@ -362,7 +358,7 @@ def test_linformer_equals_attention_over_summaries_written_out():
     )  # fmt: skip
     model = build(config)
     attn, x = model.transformer.h[0].attn, torch.randn(1, T, 8)
-    masks = model.masks(torch.arange(T), torch.zeros(1, T, dtype=torch.long), None)
+    masks = model.masks(torch.arange(T))
     got = attn(x, None, masks[0])[0]
     q, k, v = attn.c_attn(x[0]).split(8, dim=1)
     for t in range(T):
@@ -405,7 +401,7 @@ def test_cached_equals_uncached(changes):
     with torch.no_grad():
         want, _ = model(idx)
         for chunks in ([5, 1, 1, 9, 1, 6], [1] * 23, [3, 4, 4, 4, 8]):
-            cache, start, got = KVCache(model.config, 23), 0, []
+            cache, start, got = KVCache(model, 23), 0, []
             for n in chunks:
                 got.append(model.logits(model.features(idx[:, start : start + n], cache)))
                 start += n
@@ -570,8 +566,8 @@ def configs(draw):
 def test_any_valid_config_trains_counts_and_comes_back(tmp_path_factory, config):
     torch.manual_seed(0)
     model, idx = GPT(config), tokens(T=config.block_size)
-    assert model.num_params() == switches.parameters(config)
-    assert model.flops_per_token() == switches.flops_per_token(config)
+    assert model.num_params() == formulas.parameters(config)
+    assert counts.flops_per_token(model) == formulas.flops_per_token(config)
     [optimizer] = make_optimizers(model, TrainConfig(lr=1e-3))
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -586,7 +582,7 @@ def test_any_valid_config_trains_counts_and_comes_back(tmp_path_factory, config)
                if not (config.tie_embeddings and k == "lm_head.weight")}  # fmt: skip
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model": asdict(config)}))
-    again, _ = GPT.from_checkpoint(folder)(idx)
+    again, _ = GPT.from_pretrained(folder)(idx)
     torch.testing.assert_close(again, model.eval()(idx)[0], rtol=0, atol=0)
     assert torch.isfinite(again).all()
 
@@ -614,11 +610,13 @@ def test_another_encoding_is_one_class_and_one_line(tmp_path):
     source = source.replace("POSITIONS = {\n", TOY + 'POSITIONS = {\n    "toy": Toy,\n', 1)
     (tmp_path / "model.py").write_text(source)
     (tmp_path / "try.py").write_text(
-        "import torch, cli\n"
-        "from model import GPT, GPTConfig, KVCache\n"
+        "import torch\n"
+        "from model import GPT, GPTConfig\n"
+        "from nanoswitch import cli\n"
+        "from nanoswitch.cache import KVCache\n"
         "config = cli.parse(GPTConfig)\n"
         "model, idx = GPT(config).eval(), torch.arange(10)[None]\n"
-        "cache, out = KVCache(config, 10), model.generate(idx, 5, temperature=0)\n"
+        "cache, out = KVCache(model, 10), model.generate(idx, 5, temperature=0)\n"
         "assert torch.equal(out, model.generate(idx, 5, temperature=0, use_cache=False))\n"
         "model(idx, idx)[1].backward()\n"
         "print(config.pos)\n"
@@ -664,7 +662,7 @@ def test_training_evaluation_and_sampling_are_whole_graphs(changes):
     with torch.no_grad():
         compiled(idx, idx)
         features = torch.compile(model.features, fullgraph=True, backend="eager")
-        cache, want = KVCache(model.config, 12), model.features(idx[:, :12])
+        cache, want = KVCache(model, 12), model.features(idx[:, :12])
         chunks = idx[:, :9], idx[:, 9:10], idx[:, 10:11], idx[:, 11:12]
         got = [features(chunk, cache) for chunk in chunks]
         torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-4, atol=1e-4)

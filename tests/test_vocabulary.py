@@ -15,13 +15,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-import cli
 import fineweb
 import hellaswag
-import hf
 import sample
 import train_gpt2
 from model import GPT, GPTConfig
+from nanoswitch import cli, export, load
+from nanoswitch import shards as shards_file
+from nanoswitch import tokenizer as tokenizer_file
 
 N = 512
 TEXTS = [
@@ -54,7 +55,7 @@ def reference(n):
 def random_texts(count, seed=0):
     """Of merged words, odd characters and spaces."""
     rng = random.Random(seed)
-    pieces = [t.decode(errors="replace") for t in list(fineweb.gpt2_ranks())[200:2000]]
+    pieces = [t.decode(errors="replace") for t in list(tokenizer_file.gpt2_ranks())[200:2000]]
     pieces += [*" \n\t'é中🎉\x1e", "  ", "'s"]
     return ["".join(rng.choices(pieces, k=rng.randint(1, 60))) for _ in range(count)]
 
@@ -81,27 +82,27 @@ def write_texts(path, texts):
 @pytest.mark.parametrize("n", [257, 258, N, 4096, 50256, 50257])
 def test_the_ids_are_those_of_a_bpe_of_the_first_merges(n):
     theirs, texts = reference(n), TEXTS + random_texts(300)
-    for tokenizer in (None, fineweb.get_gigatoken(n)):
-        found = fineweb.encode_texts([text.encode() for text in texts], tokenizer, n)
+    for tokenizer in (None, tokenizer_file.get_gigatoken(n)):
+        found = tokenizer_file.encode_texts([text.encode() for text in texts], tokenizer, n)
         assert [ids.tolist() for ids in found] == [theirs.encode(text).ids for text in texts]
-    decode = fineweb.get_tokenizer(n).decode
+    decode = tokenizer_file.get_tokenizer(n).decode
     assert decode([i for ids in found for i in ids.tolist()]) == "".join(texts)
-    assert fineweb.get_tokenizer(n).encode("<|endoftext|>", allowed_special="all") == [n - 1]
+    assert tokenizer_file.get_tokenizer(n).encode("<|endoftext|>", allowed_special="all") == [n - 1]
 
 
 def test_a_text_of_low_ids_keeps_its_ids():
-    whole = fineweb.get_tokenizer()
+    whole = tokenizer_file.get_tokenizer()
     low = [text for text in random_texts(2000) if max(whole.encode_ordinary(text)) < 4095]
     assert len(low) > 20
     for text in low:
-        ids = fineweb.encode(text.encode(), 4096)
+        ids = tokenizer_file.encode(text.encode(), 4096)
         assert ids.tolist() == whole.encode_ordinary(text)
 
 
 def test_texts_that_tiktoken_alone_cannot_take():
     for text in ("lone \ud800 surrogate", " " * 100_000 + "x", "\n" * 50_000):
-        ids = fineweb.encode(fineweb.utf8(text), N)
-        assert fineweb.get_tokenizer(N).decode(ids) == text.replace("\ud800", "\ufffd")
+        ids = tokenizer_file.encode(tokenizer_file.utf8(text), N)
+        assert tokenizer_file.get_tokenizer(N).decode(ids) == text.replace("\ud800", "\ufffd")
         assert max(ids) < N - 1
 
 
@@ -115,12 +116,14 @@ def test_shards_hold_the_documents(tmp_path, form, capsys):
     out = tmp_path / "out"
     flags = ("--source", tmp_path / "text.jsonl", "--out", out, "--vocab_size", N)
     assert run(fineweb.main, *flags, "--format", form, "--shard_tokens", 1500) == 0
-    stream = np.concatenate([fineweb.open_shard(path) for path in fineweb.list_shards(out)])
-    order = np.concatenate(fineweb.load_shards(out, "val") + fineweb.load_shards(out, "train"))
+    stream = np.concatenate([shards_file.open_shard(path) for path in shards_file.list_shards(out)])
+    order = np.concatenate(
+        shards_file.load_shards(out, "val") + shards_file.load_shards(out, "train")
+    )
     want = [i for text in texts for i in [N - 1, *theirs.encode(text).ids]]
     assert order.tolist() == want and len(stream) == len(want) > 4500
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["documents"] == len(texts) and fineweb.vocabulary(out) == N
+    assert manifest["documents"] == len(texts) and shards_file.vocabulary(out) == N
     capsys.readouterr()
     assert run(fineweb.main, "info", out) == 0
     assert f"all   {len(want):,} tokens, {len(texts)} documents" in capsys.readouterr().out
@@ -139,8 +142,8 @@ def test_folders_made_before_the_flag_load_and_resume(tmp_path, capsys):
     assert run(fineweb.main, *flags) == 0
     make_old("manifest.json")
     assert run(fineweb.main, *flags) == 0 and "finished before" in capsys.readouterr().out
-    assert fineweb.vocabulary(tmp_path / "out") == 50257
-    fineweb.load_shards(tmp_path / "out", "train")
+    assert shards_file.vocabulary(tmp_path / "out") == 50257
+    shards_file.load_shards(tmp_path / "out", "train")
     assert run(fineweb.main, *flags, "--vocab_size", N) == 1
     assert "was made with --vocab_size 50257, not 512" in capsys.readouterr().err
 
@@ -153,11 +156,11 @@ def test_folders_made_before_the_flag_load_and_resume(tmp_path, capsys):
         assert run(fineweb.main, *source) == 0
         if part == "1/2":
             make_old("manifest_part001of002.json")
-    assert len(fineweb.load_shards(tmp_path / "out", "train")) == 2
+    assert len(shards_file.load_shards(tmp_path / "out", "train")) == 2
 
 
 def test_a_folder_without_a_manifest_is_gpt2s(tmp_path):
-    assert fineweb.vocabulary(tmp_path) == 50257
+    assert shards_file.vocabulary(tmp_path) == 50257
 
 
 # ----------------------------------------------------------------------------- a run
@@ -217,13 +220,13 @@ def best_endings(model, path):
 
 
 def test_training_samples_and_scores_in_its_vocabulary(trained):
-    model = GPT.from_checkpoint(trained / "run").eval()
+    model = GPT.from_pretrained(trained / "run").eval()
     assert model.config.vocab_size == N and model.transformer.wte.weight.shape == (N, 16)
     texts, acc = log_of(trained, "samples")[-1], log_of(trained, "hellaswag_acc")[-1]
     ids = reference(N).encode(train_gpt2.SAMPLE_PROMPT).ids
     generator = torch.Generator().manual_seed(1337)
     want = model.generate(torch.tensor([ids] * 2), 32, top_k=50, generator=generator)
-    decode = fineweb.get_tokenizer(N).decode
+    decode = tokenizer_file.get_tokenizer(N).decode
     assert texts == [decode(row) for row in want.tolist()]
     assert texts[0].startswith(train_gpt2.SAMPLE_PROMPT)
     labels = [item["label"] for item in hellaswag.load_items(str(trained / "val.jsonl"))]
@@ -234,7 +237,7 @@ def test_training_samples_and_scores_in_its_vocabulary(trained):
 
 @pytest.fixture(scope="module")
 def exported(trained):
-    assert run(hf.main, trained / "run", "--out", trained / "exported") == 0
+    assert run(export.main, trained / "run", "--out", trained / "exported") == 0
     return trained / "exported"
 
 
@@ -245,12 +248,12 @@ def test_hellaswag_and_sample_of_a_checkpoint(trained, exported, kind, tmp_path,
     data = ("--data", trained / "val.jsonl", "--out", out, "--device", "cpu", "--dtype", "float32")
     assert run(hellaswag.main, path, *data) == 0
     lines = json.loads(out.read_text())["items"]
-    model = GPT.from_checkpoint(path).eval()
+    model = GPT.from_pretrained(path).eval()
     got = [[line["completion"][k] for k in ("pred", "pred_norm")] for line in lines]
     assert got == best_endings(model, trained / "val.jsonl")
 
     flags = ("--max_new_tokens", 12, "--temperature", 0, "--device", "cpu", "--dtype", "float32")
-    decode = fineweb.get_tokenizer(N).decode
+    decode = tokenizer_file.get_tokenizer(N).decode
     for prompt, ids in (("", [N - 1]), ("it is été", reference(N).encode("it is été").ids)):
         capsys.readouterr()
         assert run(sample.main, path, "--prompt", prompt, *flags) == 0
@@ -279,7 +282,7 @@ def test_a_sample_ends_at_its_end_of_text(tmp_path):
         model.lm_head.weight.zero_()[N - 1, 0] = 99  # always the end
     (tmp_path / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    own = hf.own_tokenizer(tmp_path, model.config)
+    own = load.own_tokenizer(tmp_path, model.config)
     config = sample.SampleConfig(str(tmp_path), device="cpu", dtype="float32", num_samples=2)
     assert sample.sample(model, "the house", config, own) == ["", ""]
 
@@ -295,16 +298,16 @@ def test_a_foreign_model_of_as_many_ids_keeps_its_tokenizer(tmp_path, trained, c
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tmp_path / "theirs" / "tokenizer.json"))
-    model = GPT.from_checkpoint(tmp_path / "theirs")
-    assert hf.vocabulary_of(tmp_path / "theirs", model.config) is None
-    own = hf.own_tokenizer(tmp_path / "theirs", model.config)
+    model = GPT.from_pretrained(tmp_path / "theirs")
+    assert load.vocabulary_of(tmp_path / "theirs", model.config) is None
+    own = load.own_tokenizer(tmp_path / "theirs", model.config)
     assert own.encode("w5 w300") == [5, 300] and own.eot == N - 1
     capsys.readouterr()
     assert run(hellaswag.main, tmp_path / "theirs", "--data", trained / "val.jsonl") == 1
     assert "GPT-2's 50257, this model's vocabulary is 512" in capsys.readouterr().err
-    assert run(hf.main, tmp_path / "theirs", "--out", tmp_path / "again") == 0
+    assert run(export.main, tmp_path / "theirs", "--out", tmp_path / "again") == 0
     assert not (tmp_path / "again" / "tokenizer.json").exists()
-    assert hf.vocabulary_of(tmp_path / "again", model.config) is None
+    assert load.vocabulary_of(tmp_path / "again", model.config) is None
 
 
 REFUSED = [

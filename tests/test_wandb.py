@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import test_train as tt
 
-import checkpoints
 import train_gpt2 as t
+from nanoswitch import log as log_file
 
 FEW = dict(
     n_layer=1, n_embd=8, max_steps=4, eval_every=2, val_tokens=32, sample_every=0,
@@ -169,7 +169,7 @@ def test_only_the_first_rank_talks_to_wandb(tmp_path, monkeypatch):
     package = Fails("never")
     monkeypatch.setitem(sys.modules, "wandb", package)
     for active in (False, True):
-        with checkpoints.Log(tmp_path, 0, active, wandb=True) as log:
+        with log_file.Log(tmp_path, 0, active, wandb=True) as log:
             log.write(event="start", step=0, config={"lr": 1})
             log.write(step=1, train_loss=2.0)
         assert package.calls == (["init", "config", "log", "finish"] if active else [])

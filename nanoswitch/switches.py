@@ -1,84 +1,21 @@
-"""python model.py --pos rope --n_kv_head 4     the shapes, parameters, FLOPs and cache of a config
-python switches.py > table.md                what every switch costs: the README's table
-python model.py --plot assets                 pictures of the biases and masks (needs matplotlib)
+"""python -m nanoswitch.switches [CONFIG.toml ...] [--flags]    what a config is made of and costs
+python -m nanoswitch.switches table                            what every switch costs: README's
+python -m nanoswitch.switches --plot DIR                       pictures of the biases and masks
 
-Everything here is computed from a GPTConfig by formula; model.py is not asked, so that a test can
-hold the two against each other.
+Every figure is counts.py's, of the model that the config makes.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cli
-from model import FIRE, POSITIONS, GPTConfig, attention_mask, linformer_mask, window_chunks
+import torch
 
-BYTES = 2  # of a number in bf16
-
-
-def count_parameters(config):
-    """{part: its parameters} of a model; "block" stands for each of the n_layer ones."""
-    c, hs = config, config.head_size
-    norm = c.n_embd * (2 if c.norm == "layernorm" and c.bias else 1)
-    positions = {
-        "learned": c.block_size * c.n_embd,
-        "kerple": 2 * c.n_head,
-        "kerple_power": 2 * c.n_head,
-        "fire": 2 + 2 * FIRE.HIDDEN + FIRE.HIDDEN * c.n_head + c.n_head,
-    }
-    attention = linear(c.n_embd, c.n_embd + 2 * c.n_kv_head * hs, c.bias)
-    attention += linear(c.n_embd, c.n_embd, c.bias)
-    if c.attention == "linformer":
-        attention += 2 * c.linformer_segment * c.linformer_rank
-    inner = c.mlp_hidden * (2 if c.mlp == "swiglu" else 1)
-    mlp = linear(c.n_embd, inner, c.bias) + linear(c.mlp_hidden, c.n_embd, c.bias)
-    return {
-        "token embedding": c.vocab_size * c.n_embd,
-        "positions": positions.get(c.pos, 0),
-        "block": 2 * norm + attention + mlp,
-        "last norm": norm,
-        "head": 0 if c.tie_embeddings else c.vocab_size * c.n_embd,
-    }
-
-
-def linear(n_in, n_out, bias):
-    return n_in * n_out + (n_out if bias else 0)
-
-
-def parameters(config):
-    parts = count_parameters(config)
-    return sum(parts.values()) + (config.n_layer - 1) * parts["block"]
-
-
-def flops_per_token(config):
-    """Training FLOPs per token at T = block_size: 6 N + 12 n_embd (keys a token meets, summed
-    over layers); N leaves out look-up tables."""
-    parts, c = count_parameters(config), config
-    N = parameters(config) - parts["positions"] - parts["head"]  # one of two vocabulary matrices
-    return 6 * N + 12 * c.n_embd * c.keys_per_token(c.block_size)
-
-
-def kv_bytes_per_token(config):
-    """Bytes of the bf16 KV cache at a full context, divided by its tokens."""
-    c = config
-    held = sum(min(w, c.block_size) if w else c.block_size for w in c.windows)
-    return 2 * c.n_kv_head * c.head_size * BYTES * held // c.block_size
-
-
-def mask_bytes(config):
-    """Bytes of bias and mask of a forward pass at T = block_size, shared by all layers."""
-    c, T = config, config.block_size
-    has_bias, total = POSITIONS[c.pos].bias is not POSITIONS["none"].bias, 0
-    for window in {w if w < T else 0 for w in c.windows}:
-        chunks = [(slice(0, T), slice(0, T))]
-        if window:
-            chunks = window_chunks(T, window, plain=not has_bias)
-        pairs = sum((q.stop - q.start) * (k.stop - k.start) for q, k in chunks)
-        if not has_bias:
-            total += pairs - window**2 if window else 0  # the first chunk needs no mask
-        else:
-            total += pairs * 4 * (c.n_head + (FIRE.HIDDEN if c.pos == "fire" else 0))
-    return total
-
+from model import ATTENTIONS, POSITIONS, GPTConfig, has_bias
+from nanoswitch import cli
+from nanoswitch.counts import flops_per_token, kv_bytes_per_token, mask_bytes, on_meta
+from nanoswitch.kernels import attention_mask
+from train_gpt2 import TrainConfig
 
 # ----------------------------------------------------------------------------- the table
 
@@ -141,15 +78,12 @@ def table():
         "|---|--:|--:|--:|--:|---|---|---|",
     ]
     for name, changes, paper, buys, pitfalls in ROWS:
-        c = GPTConfig(**changes)
-        extra = mask_bytes(c)
-        if c.document_mask:
-            memory = "1 MiB a sequence"
-        else:
-            memory = f"{extra / 2**20:,.{0 if extra > 2**20 else 2}f} MiB" if extra else "-"
+        model = on_meta(GPTConfig(**changes))
+        extra = mask_bytes(model) / 2**20
+        memory = f"{extra:,.{0 if extra > 1 else 2}f} MiB" if extra else "-"
         lines.append(
-            f"| {name} | {parameters(c) / 1e6:.2f}M | {flops_per_token(c) / 1e6:,.0f}M | "
-            f"{kv_bytes_per_token(c):,} | {memory} | {paper} | {buys} | {pitfalls} |"
+            f"| {name} | {model.num_params() / 1e6:.2f}M | {flops_per_token(model) / 1e6:,.0f}M | "
+            f"{kv_bytes_per_token(model):,} | {memory} | {paper} | {buys} | {pitfalls} |"
         )
     return lines
 
@@ -159,29 +93,42 @@ def table():
 
 def summary(config):
     """A config's shapes layer by layer, parameters, FLOPs and cache -> lines."""
-    c, parts, hs = config, count_parameters(config), config.head_size
-    inner = c.mlp_hidden * (2 if c.mlp == "swiglu" else 1)
+    model, c, hs = on_meta(config), config, config.head_size
+    part, others = model.transformer, model.transformer.wpe_other
+
+    def line(name, shape, module):
+        count = module if isinstance(module, int) else sum(p.numel() for p in module.parameters())
+        return f"{name:<22}{shape:<44}{count:>14,}"
+
     lines = [
         f"{'part':<22}{'shape':<44}{'parameters':>14}",
-        f"{'wte':<22}{f'({c.vocab_size}, {c.n_embd})':<44}{parts['token embedding']:>14,}",
-        f"{'wpe: ' + c.pos:<22}{'':<44}{parts['positions']:>14,}",
+        line("wte", f"({c.vocab_size}, {c.n_embd})", part.wte),
+        line(f"wpe: {c.pos}", "", part.wpe),
+        *(line(f"wpe: {name}", "", encoding) for name, encoding in others.items()),
     ]
-    for layer, window in enumerate(c.windows):
-        kind = c.attention if c.attention != "full" or not window else f"window {window}"
+    if c.embd_norm:
+        lines.append(line(f"ln_emb: {c.norm}", "", part.ln_emb))
+    for layer, block in enumerate(part.h):
+        window, kind, pos = c.windows[layer], c.attentions[layer], c.encodings[layer]
+        kind = f"window {window}" if kind == "full" and window else kind
+        kind += f" {pos}" if len(others) else ""
+        inner = block.mlp.c_fc.out_features if hasattr(block.mlp, "c_fc") else c.mlp_hidden
         shape = (
             f"q {c.n_head} x {hs}, k v {c.n_kv_head} x {hs}; "
             f"{c.mlp} {c.n_embd} > {inner} > {c.n_embd}"
         )
-        lines.append(f"{f'h.{layer} {kind}':<22}{shape:<44}{parts['block']:>14,}")
-    lines += [
-        f"{'ln_f: ' + c.norm:<22}{'':<44}{parts['last norm']:>14,}",
-        f"{'lm_head':<22}{'tied to wte' if c.tie_embeddings else '':<44}{parts['head']:>14,}",
-        f"{'all':<66}{parameters(c):>14,}",
-        f"training FLOPs per token at T = {c.block_size}: {flops_per_token(c):,}",
-        f"KV cache in bf16: {kv_bytes_per_token(c):,} bytes per token, "
-        f"{kv_bytes_per_token(c) * c.block_size / 2**20:.1f} MiB at T = {c.block_size}",
+        lines.append(line(f"h.{layer} {kind}", shape, block))
+    head = 0 if c.tie_embeddings else model.lm_head
+    cache = kv_bytes_per_token(model)
+    return [
+        *lines,
+        line(f"ln_f: {c.norm}", "", part.ln_f),
+        line("lm_head", "tied to wte" if c.tie_embeddings else "", head),
+        line("all", "", model),
+        f"training FLOPs per token at T = {c.block_size}: {flops_per_token(model):,}",
+        f"KV cache in bf16: {cache:,} bytes per token, "
+        f"{cache * c.block_size / 2**20:.1f} MiB at T = {c.block_size}",
     ]
-    return lines
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -196,12 +143,11 @@ def plot(config, folder, T=64):
         raise ModuleNotFoundError("drawing needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import torch
 
     torch.manual_seed(1337)
     folder, pos = Path(folder), torch.arange(T)
     folder.mkdir(parents=True, exist_ok=True)
-    biased = [n for n in POSITIONS if POSITIONS[n].bias is not POSITIONS["none"].bias]
+    biased = [n for n in POSITIONS if has_bias(POSITIONS[n])]
     figure, axes = plt.subplots(1, len(biased), figsize=(3.2 * len(biased), 2.8))
     for name, axis in zip(biased, axes, strict=True):
         with torch.no_grad():
@@ -230,7 +176,8 @@ def plot(config, folder, T=64):
 def linformer_picture(T, S):
     """1 where a query sees a token itself, 0.4 where only its segment's summary, (T, T)."""
     config = GPTConfig(attention="linformer", linformer_segment=S, linformer_rank=1, pos="none")
-    mask = linformer_mask(0, T, config, POSITIONS["none"](config), "cpu")[0]  # (n, S, n + S)
+    attention = ATTENTIONS["linformer"](config, 0)
+    mask = attention.mask(torch.arange(T), POSITIONS["none"](config))[0]  # (n, S, n + S)
     n = T // S
     picture = 0.4 * mask[:, :, :n].flatten(0, 1).repeat_interleave(S, dim=1)
     for i in range(n):
@@ -251,11 +198,10 @@ class ShowConfig:
 
 
 def main():
-    from train_gpt2 import TrainConfig  # config files hold its fields too
-
-    config, _, show = cli.parse(
-        GPTConfig, TrainConfig, ShowConfig, configs=True, description=__doc__
-    )
+    if sys.argv[1:] == ["table"]:
+        return print("\n".join(table()))
+    # config files hold the fields of training too
+    config, _, show = cli.parse(GPTConfig, TrainConfig, ShowConfig, configs=True)
     if show.plot:
         plot(config, show.plot)
     else:
@@ -263,4 +209,4 @@ def main():
 
 
 if __name__ == "__main__":
-    print("\n".join(table()))
+    cli.run(main)

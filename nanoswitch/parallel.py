@@ -1,5 +1,5 @@
 """torchrun --nproc_per_node=8 train_gpt2.py CONFIG.toml --parallel fsdp
-python parallel.py               what each mode holds and sends, by formula: the README's table
+python -m nanoswitch.parallel    what each mode holds and sends: the README's table
 
 How a run is spread over ranks, all of it by torch.distributed. Without torchrun there is one rank
 and every mode just trains.
@@ -15,7 +15,6 @@ A file of its own, so that the trainer reads the same for any mode: it wraps wha
 import contextlib
 import itertools
 import os
-import sys
 import time
 
 import torch
@@ -31,8 +30,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import switches
-from model import GPT, GPTConfig, pick_device
+from model import GPTConfig
+from nanoswitch.counts import on_meta
+from nanoswitch.device import pick_device
+from nanoswitch.optimizers import first_state, parameters
+from nanoswitch.weights import fill
 
 
 class Ranks:
@@ -138,104 +140,6 @@ def whole_weights(model):
             part.reshard()
 
 
-# ----------------------------------------------------------------------------- the optimizers
-
-
-class PreciseMuon(getattr(torch.optim, "Muon", torch.optim.Optimizer)):
-    """torch.optim.Muon for runs in fp32. Torch rounds to bf16 inside it, whatever the run's
-    precision, and so makes 1e-4 of the loss out of the last bit of a sum over ranks."""
-
-    def step(self, closure=None):
-        module, name = sys.modules["torch.optim._muon"], "_zeropower_via_newtonschulz"
-        torchs = getattr(module, name)
-        setattr(module, name, newton_schulz)
-        try:
-            return super().step(closure)
-        finally:
-            setattr(module, name, torchs)
-
-
-def newton_schulz(matrix, coefficients, steps, eps):
-    """A matrix (m, n) = U S V^T -> about U V^T: `steps` times X <- a X + b X X^T X + c (X X^T)^2 X
-    from X of norm 1 on (Jordan et al. 2024), in the matrix's own precision."""
-    a, b, c = coefficients
-    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.T if matrix.size(0) > matrix.size(1) else x
-
-
-def make_optimizers(model, config, ranks=None, dtype=None):
-    """AdamW that decays matrices only (norms, biases and per-head vectors are 1-D), and with
-    `optimizer muon` Muon (Jordan et al. 2024) for the matrices inside the blocks -> a list.
-
-    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025), so that one rate can serve
-    both; a group's lr_scale is its share of the scheduled rate. dtype: the run's precision."""
-    named = dict(model.named_parameters())
-    muon = config.optimizer == "muon"
-    hidden = [
-        n for n, p in named.items() if muon and n.startswith("transformer.h.") and p.dim() == 2
-    ]
-    other = [p for n, p in named.items() if n not in hidden]
-    groups = [
-        {"params": [p for p in other if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in other if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas, fused = (config.beta1, config.beta2), other[0].device.type in ("cuda", "cpu")
-    made = [(torch.optim.AdamW, groups, dict(betas=betas, eps=1e-8, fused=fused), 1.0)]
-    if muon:
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"torch {torch.__version__} has no Muon: pip install -U torch")
-        flags = dict(weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        scale = config.muon_lr / config.lr if config.muon_lr else 1.0
-        kind = PreciseMuon if dtype == torch.float32 else torch.optim.Muon
-        made.append((kind, [{"params": [named[n] for n in hidden]}], flags, scale))
-    optimizers = []
-    for kind, groups, flags, scale in made:
-        flags |= dict(lr=config.lr * scale)
-        groups = [group | {"lr_scale": scale} for group in groups]
-        if config.parallel == "zero1" and ranks and ranks.distributed:
-            kind, flags = ZeroRedundancyOptimizer, flags | dict(optimizer_class=kind)
-        optimizers.append(kind(groups, **flags))
-    return optimizers
-
-
-def clip_gradients(model, most):
-    """Scale all gradients so that their norm is at most `most` (0: no limit) -> the norm before,
-    a scalar tensor, the same on all ranks."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most or torch.inf)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def step_unless(skip, optimizers):
-    """Step the optimizers, unless skip, a bool scalar tensor that is the same on all ranks: then
-    weights and state stay as they are. The host never learns which it was, so it need not wait:
-    a fused kernel obeys found_inf, after another one the tensors are put back (on mps that waits,
-    for its step counts are on the CPU)."""
-    for optimizer in optimizers:
-        inner = getattr(optimizer, "optim", optimizer)  # what zero1 wraps
-        if inner.defaults.get("fused"):
-            inner.found_inf = skip.float()
-            optimizer.step()
-            continue
-        before = [t.clone() for t in held(optimizer)]
-        optimizer.step()
-        for now, was in itertools.zip_longest(held(optimizer), before):
-            # state that the first step makes begins at zero
-            now.copy_(torch.where(skip, torch.zeros_like(now) if was is None else was, now))
-
-
-def held(optimizer):
-    """What a step changes on this rank: its parts of the parameters, then, from the first step on,
-    its state; always in this order."""
-    inner = getattr(optimizer, "optim", optimizer)
-    state = (t for values in inner.state.values() for t in values.values() if torch.is_tensor(t))
-    tensors = itertools.chain((p.detach() for p in parameters(optimizer)), state)
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-
-
 # ----------------------------------------------------------------------------- the whole state
 
 
@@ -258,6 +162,8 @@ def whole_state(model, optimizers, ranks):
 def gather(value, ranks):
     if isinstance(value, DTensor):
         value = value.full_tensor()
+    if not torch.is_tensor(value):
+        return value
     return value.detach().cpu().contiguous() if ranks.first else None
 
 
@@ -274,16 +180,11 @@ def state_of(optimizer, ranks):
     return {p: state[i] for i, p in enumerate(parameters(optimizer)) if i in state}
 
 
-def parameters(optimizer):
-    """In the order of the indices of its state dict."""
-    return list(itertools.chain(*(group["params"] for group in optimizer.param_groups)))
-
-
 def load_state(model, optimizers, weights, moments, origin):
     """Take over what whole_state gave, under any mode and number of ranks; each rank reads all
     and keeps its share. Rates and decay are the optimizers' own. Names and shapes must match."""
     own = model.state_dict()
-    model.load_weights({n: share(w, own[n]) if n in own else w for n, w in weights.items()}, origin)
+    fill(model, {n: share(w, own[n]) if n in own else w for n, w in weights.items()}, origin)
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         # what zero1 wraps: its own loader puts fused AdamW's step counts on the CPU, where CUDA's
@@ -293,12 +194,16 @@ def load_state(model, optimizers, weights, moments, origin):
         for i, p in enumerate(parameters(optimizer)):
             if names[p] not in moments:
                 raise ValueError(f"{origin} lacks the optimizer's state of {names[p]}")
+            shapes = {getattr(value, "shape", None) for value in moments[names[p]].values()}
+            # most optimizers keep numbers and tensors like the parameter; others are asked
+            begun = {} if shapes <= {p.shape, ()} else first_state(optimizer, p)
             for key, value in moments[names[p]].items():
-                shape = getattr(value, "shape", None)
-                if shape not in (p.shape, ()):
-                    shapes = f"{key} of shape {shape and tuple(shape)}, not {tuple(p.shape)}"
-                    raise ValueError(f"{origin}: {names[p]} has {shapes}")
-                state.setdefault(i, {})[key] = share(value, p)
+                like = begun.get(key, p)
+                shape, wanted = getattr(value, "shape", None), getattr(like, "shape", None)
+                if shape not in (wanted, ()):
+                    found = f"{key} of shape {shape and tuple(shape)}, not {tuple(p.shape)}"
+                    raise ValueError(f"{origin}: {names[p]} has {found}")
+                state.setdefault(i, {})[key] = share(value, like)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -307,17 +212,17 @@ def share(value, like):
     """A copy of this rank's part of a whole tensor, spread as the tensor `like` is."""
     if isinstance(like, DTensor) and value.shape == like.shape:
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-    return value.to(like.device, copy=True)
+    return value.to(like.device, copy=True) if torch.is_tensor(value) else value
 
 
 # ----------------------------------------------------------------------------- what it costs
 
 
 def parameter_counts(config):
-    """Parameters of (all, one block, what is outside the blocks), by switches.py's formulas."""
-    parts = switches.count_parameters(config)
-    block, every = parts["block"], switches.parameters(config)
-    return every, block, every - config.n_layer * block
+    """Parameters of a model: (all, its largest block, what is outside the blocks)."""
+    model = on_meta(config)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer.h]
+    return model.num_params(), max(blocks), model.num_params() - sum(blocks)
 
 
 def bytes_held(config, parallel, world):
@@ -335,8 +240,7 @@ def bytes_held(config, parallel, world):
 def largest_share(config, world):
     """Parameters of the rank that has most, when whole ones are dealt out, largest first, each to
     the rank that has least, matrices before vectors (ZeroRedundancyOptimizer's rule)."""
-    with torch.device("meta"):
-        shapes = [p.shape for p in GPT(config).parameters()]
+    shapes = [p.shape for p in on_meta(config).parameters()]
     shares = [0] * world
     for shape in sorted(shapes, key=lambda s: (len(s) < 2, -s.numel())):
         shares[shares.index(min(shares))] += shape.numel()
@@ -351,13 +255,13 @@ def bytes_sent(config, parallel, world, micro_steps=1, width=2):
     ranks: the one that owns the embedding sends more); fsdp, in every
     micro-step, gathers the blocks in bf16 (width 4: fp32) forward and backward and the rest in
     fp32 once, and scatters fp32 gradients."""
-    every, block, outside = parameter_counts(config)
+    every, _, outside = parameter_counts(config)
     if parallel == "ddp":
         sent = 2 * 4 * every
     elif parallel == "zero1":
         sent = 2 * 4 * every + 4 * every
     else:
-        sent = micro_steps * (2 * width * config.n_layer * block + 4 * outside + 4 * every)
+        sent = micro_steps * (2 * width * (every - outside) + 4 * outside + 4 * every)
     return sent * (world - 1) // world
 
 

@@ -20,6 +20,8 @@ import sys
 import tomllib
 import typing
 
+from nanoswitch.files import pointer_hint
+
 BOOLS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
 
 
@@ -134,14 +136,11 @@ def check_number(origin, value):
         fail(f"{origin} is {value}; it must be a number below 2**63", status=2)
 
 
-def pointer_hint(path):
-    """What to add to an error about a file that Git LFS has not fetched yet; else nothing."""
-    try:
-        with open(path, "rb") as file:
-            is_pointer = file.read(24) == b"version https://git-lfs."
-    except OSError:
-        is_pointer = False
-    return "; it is a Git LFS pointer, fetch the file itself: git lfs pull" if is_pointer else ""
+def at_least(config, least, names):
+    """ValueError unless a config's fields `names`, a text of them, are `least` or more."""
+    for name in names.split():
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be {least} or more")
 
 
 def one_sentence(box):
@@ -150,6 +149,8 @@ def one_sentence(box):
     body = [line.strip(" │|") for line in box.splitlines()[1:]]
     parts = re.split(r"\n(?:─|-){3,}\n|╰", "\n" + "\n".join(body))
     text = " ".join(next((part for part in parts if part.strip()), "").split())
+    text = re.sub(r"^Missing from \S+: (--\w+ \w+|\S+) ", r"Missing \1: ", text)
+    text = text.replace(" (required)", "")
     # a class of ours is no news to the user
     return re.sub(r"^Error parsing \w+: ", "", text) or "bad command line; see --help"
 

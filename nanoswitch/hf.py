@@ -1,12 +1,7 @@
-"""python hf.py runs/quickstart --out exported
-
-Checkpoint -> Hugging Face folder, which AutoModelForCausalLM and AutoTokenizer load without a
-network: config.json, model.safetensors, generation_config.json and, for GPT-2's vocabulary, the
-tokenizer. CHECKPOINT is a run or step folder, a Hugging Face folder or a hub name. load() is the
-way back, behind GPT.from_pretrained.
+"""Hugging Face's layouts of the model: folder -> GPT and back.
 
     checkpoint --choose a Layout--> rename, split, transpose --save--> folder
-    folder or hub name --load--> transpose, stack, rename --> GPT
+    folder --load--> transpose, stack, rename --> GPT
 
 LAYOUTS says how each model_type of Hugging Face spells a GPTConfig and its parameters; one table
 serves both ways. A model that no layout holds exactly is refused, with the switch to blame.
@@ -19,30 +14,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tyro.conf import Positional
 
-import cli
-from fineweb import LEAST_VOCAB, N_VOCAB, get_tokenizer, gpt2_json, has_gpt2_vocabulary
-from hub import hub_download, with_retries
-from model import GPT, GPTConfig, read_json, read_safetensors
+from model import GPTConfig
+from nanoswitch.counts import on_meta
+from nanoswitch.files import read_json
+from nanoswitch.hub import hub_download, with_retries
+from nanoswitch.tokenizer import N_VOCAB, gpt2_json
+from nanoswitch.weights import check_whole, empty, fill, read_safetensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OFFLINE = "weights load from safetensors only, and without a network only from a folder"
 # buffers of older uploads: the causal mask, RoPE's wavelengths
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-
-
-@dataclass
-class Config:
-    checkpoint: Positional[str]
-    """run folder (its latest step), step folder, Hugging Face folder, or hub name such as gpt2"""
-    out: str
-    """new folder for the Hugging Face files"""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -160,7 +146,8 @@ def misfits(config, layout):
     """{GPTConfig field: the values that the layout has for it} of each that differs."""
     plain = {
         "attention": ("full",), "n_kv_head": (config.n_head,), "mlp_hidden": (4 * config.n_embd,),
-        "window": (0,), "window_pattern": ("",), "qk_norm": (False,), "embd_norm": (False,),
+        "window": (0,), "window_pattern": ("",), "pos_pattern": ("",), "attention_pattern": ("",),
+        "qk_norm": (False,), "embd_norm": (False,),
         "logit_softcap": (0,), "document_mask": (False,),
     }  # fmt: skip
     has = {k: v for k, v in (plain | layout.switches).items() if k not in layout.keys}
@@ -199,8 +186,7 @@ def their_names(name, layout):
 
 def parameters(config):
     """{name: meta tensor} of this config's parameters; a tied head is not one of its own."""
-    with torch.device("meta"):
-        state = GPT(config).state_dict()
+    state = on_meta(config).state_dict()
     return {n: w for n, w in state.items() if n != "lm_head.weight" or not config.tie_embeddings}
 
 
@@ -240,19 +226,13 @@ def to_ours(weights, config, layout, origin):
 # Folder -> model
 
 
-def load(name_or_folder):
-    """The GPT of a Hugging Face folder or hub name, in fp32, whatever dtype its files have.
+def load(folder):
+    """The GPT of a Hugging Face folder, in fp32, whatever dtype its files have.
 
-    ValueError (one line) when it cannot be fetched, is damaged, or is a model that this one
-    cannot be."""
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        folder = download(str(name_or_folder))
-        if "model" in read_json(folder / "config.json"):  # ours, as no layout held it
-            return GPT.from_checkpoint(folder)
+    ValueError (one line) when it is damaged, or is a model that this one cannot be."""
     config, layout = read_config(folder)
     weights = to_ours(read_weights(folder), config, layout, folder)
-    return GPT.empty(config).load_weights(weights, folder)
+    return fill(empty(config), weights, folder)
 
 
 def read_config(folder):
@@ -350,81 +330,6 @@ def download(name):
     return folder
 
 
-def check_whole(path):
-    """ValueError if a safetensors file is truncated or none; reads its header only."""
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-def vocabulary_of(checkpoint, config):
-    """How many of GPT-2's ids (get_tokenizer's vocab) a checkpoint was trained on; None when its
-    ids are not GPT-2's.
-
-    Fewer than all of them only a run, a step or an export made here has: its config.json has our
-    "model", or our "vocab_used" with the end-of-text id that save() writes. Any other small
-    vocabulary is one of its own."""
-    if has_gpt2_vocabulary(config):
-        return N_VOCAB
-    folder, used = Path(checkpoint), config.vocab_used
-    if not folder.is_dir() or not LEAST_VOCAB <= used < N_VOCAB:
-        return None
-    if (folder / "latest").is_file():
-        return used
-    about = read_json(folder / "config.json")
-    exported = "vocab_used" in about and about.get("eos_token_id") == used - 1
-    return used if "model" in about or exported else None
-
-
-def own_tokenizer(checkpoint, config):
-    """None for GPT-2's vocabulary, else the checkpoint's own: encode(), decode() and eot."""
-    vocab = vocabulary_of(checkpoint, config)
-    if vocab == N_VOCAB:
-        return None
-    if vocab is None:
-        return Tokenizer(checkpoint)
-    cut = get_tokenizer(vocab)
-    return SimpleNamespace(encode=cut.encode, decode=cut.decode, eot=vocab - 1)
-
-
-class Tokenizer:
-    """The vocabulary of a Hugging Face folder or hub name that is not GPT-2's: tokenizer.json.
-
-    eot is the end-of-text id of its config.json. ValueError when it has none."""
-
-    def __init__(self, checkpoint):
-        try:
-            import tokenizers
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(
-                f"the vocabulary of {checkpoint} is not GPT-2's: pip install tokenizers"
-            ) from None
-        path, config = (Path(checkpoint) / name for name in ("tokenizer.json", "config.json"))
-        if not Path(checkpoint).is_dir():
-            path = hub_download(str(checkpoint), path.name, None, "model", None, read_json, OFFLINE)
-            config = Path(path).with_name("config.json")
-        elif not path.is_file():
-            raise ValueError(
-                f"the vocabulary of {checkpoint} is not GPT-2's, and its ids mean nothing without "
-                f"its own: put its tokenizer.json into that folder"
-            )
-        read_json(path)  # whose error is one line
-        eot = read_json(config).get("eos_token_id")
-        self.eot = eot[0] if isinstance(eot, list) and eot else eot
-        try:
-            self.vocabulary = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no other kind
-            raise ValueError(f"{path} is no tokenizer: {error}") from None
-
-    def encode(self, text, **_):
-        return self.vocabulary.encode(text).ids
-
-    def decode(self, ids):
-        return self.vocabulary.decode(ids)
-
-
 # ---------------------------------------------------------------------------------------------
 # Model -> folder
 
@@ -507,18 +412,3 @@ def write_tokenizer(folder, block_size, vocab):
 
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def main():
-    config = cli.parse(Config)
-    model = GPT.from_checkpoint(config.checkpoint)
-    vocab = vocabulary_of(config.checkpoint, model.config) or N_VOCAB
-    kind = save(model, config.out, vocab)
-    print(f"{config.out}: {model.num_params():,} parameters in {kind} layout")
-    if not (Path(config.out) / "tokenizer.json").exists():
-        used = model.config.vocab_used
-        print(f"without a tokenizer: vocab_used is {used}, GPT-2's vocabulary has {N_VOCAB}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -1,0 +1,121 @@
+"""What a model costs, asked of the model itself, without memory for its numbers: parameters, FLOPs
+per token, bytes of cache, masks and passes. Whatever class the tables of model.py hold is counted.
+
+A module may say how its weights are multiplied: uses(T), how often each of them is for one token
+of T (once, unless it or a module around it says otherwise; a table is only looked up), and
+products(T), multiply-adds of one token that are none of a weight's.
+"""
+
+import copy
+import weakref
+
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model import GPT
+from nanoswitch.cache import KVCache
+from nanoswitch.device import autocast
+
+CACHE_WIDTH = 2  # bytes of a cached number: bf16
+
+
+def on_meta(config):
+    """A model of this config that has shapes and no numbers: it takes no memory."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a count draws nothing
+        return GPT(config)
+
+
+def num_params(config):
+    return on_meta(config).num_params()
+
+
+def multiply_adds(module, T, uses=1):
+    """Of a forward pass, for one of T tokens."""
+    if isinstance(module, nn.Embedding):
+        uses = 0
+    elif hasattr(module, "uses"):
+        uses = module.uses(T)
+    own = uses * sum(p.numel() for p in module.parameters(recurse=False))
+    own += module.products(T) if hasattr(module, "products") else 0
+    return own + sum(multiply_adds(child, T, uses) for child in module.children())
+
+
+def flops_per_token(model, T=None):
+    """Training FLOPs of one token at context T (default block_size): two for every multiply-add,
+    and the backward pass costs two forward ones. For GPT-2 that is 6 N + 12 n_layer n_embd T
+    (PaLM, Chowdhery et al. 2022, appendix B), N without the look-up tables."""
+    return round(6 * multiply_adds(model, T or model.config.block_size))
+
+
+def kv_bytes_per_token(model):
+    """Bytes of the cache in bf16 at a full context, divided by its tokens."""
+    model, T = copy.deepcopy(model).to("meta").eval(), model.config.block_size
+    cache = KVCache(model, T)
+    with torch.no_grad():
+        model.features(torch.zeros(1, 1, dtype=torch.int64, device="meta"), cache)
+    kept = sum(x[0].numel() for layer in cache.layers for x in layer.tensors)
+    return CACHE_WIDTH * kept // T
+
+
+def mask_bytes(model):
+    """Bytes of the masks and biases of one sequence of block_size tokens, and what the backward
+    pass keeps of how they were made."""
+    model, T = copy.deepcopy(model).to("meta"), model.config.block_size
+    docs = None
+    if model.config.document_mask:
+        docs = torch.zeros(1, T, dtype=torch.int64, device="meta")
+    pos = torch.arange(T, device="meta")
+    with Storages() as storages:
+        masks = model.masks(pos, docs)
+        held = storages.now
+    del masks
+    return held
+
+
+def pass_bytes(config, size, dtype=torch.float32):
+    """Peak bytes of a forward and backward pass over `size` sequences of block_size tokens, beyond
+    those of the weights and their gradients: every operator runs on shapes alone, and the tensors
+    alive are added up. dtype: that of the products, under autocast."""
+    model = on_meta(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), Storages() as storages:
+        model = model.to_empty(device="cpu")
+        if config.tie_embeddings:
+            model.lm_head.weight = model.transformer.wte.weight
+        weights = 4 * model.num_params()
+        idx = torch.empty(size, config.block_size, dtype=torch.int64, device="cpu")
+        with autocast(idx.device, dtype):
+            _, loss = model.train()(idx, idx)
+        loss.backward()
+    return max(0, storages.peak - 2 * weights)
+
+
+class Storages(TorchDispatchMode):
+    """Adds up the bytes of the storages that are made inside: `now` those alive, `peak` the most
+    there were at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.add(x.untyped_storage())
+        return result
+
+    def add(self, storage):
+        key = storage._cdata
+        if key in self.alive:
+            return
+        self.alive.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.free, key, storage.nbytes())
+
+    def free(self, key, size):
+        self.alive.discard(key)
+        self.now -= size

@@ -1,0 +1,88 @@
+"""Curves of runs, from their logs."""
+
+import contextlib
+import io
+import statistics
+
+import numpy as np
+
+from nanoswitch.counts import flops_per_token, on_meta
+from nanoswitch.files import write_beside
+from nanoswitch.log import read_run
+
+# acc_norm of all 10,042 items by the completion protocol; GPT-3's is its paper's, for 124M
+HELLASWAG_MARKS = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
+PIP = "pip install matplotlib"
+
+
+def draw_run(folder):
+    """Draw a run's curves so far into its curve.png; nothing where matplotlib is missing."""
+    with contextlib.suppress(ModuleNotFoundError):
+        draw({folder.name: [read_run(folder)]}, folder / "curve.png")
+
+
+def mean_curve(runs, key):
+    """Steps that all Runs have, and the mean of their values there."""
+    steps = sorted(set.intersection(*(set(run.values.get(key, {})) for run in runs)))
+    return steps, [statistics.fmean(run.values[key][step] for run in runs) for step in steps]
+
+
+def draw(groups, path):
+    """{name: Runs} -> curves of validation loss against tokens, FLOPs and seconds, and of HellaSwag
+    against tokens, means over seeds with their range; one picture per suffix of the path's."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"drawing needs matplotlib: {PIP}") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = [name for name, runs in groups.items() if runs[0].curve("val_loss")[0]]
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    (tokens, flops), (seconds, score) = figure.subplots(2, 2)
+    for name in found:
+        runs, batch = groups[name], groups[name][0].config["total_batch_tokens"]
+        steps, _ = mean_curve(runs, "val_loss")
+        spent = np.mean([run.seconds(steps) for run in runs], axis=0)
+        x = np.array(steps) * batch
+        plot(tokens, x / 1e6, runs, "val_loss", name)
+        plot(flops, x * flops_per_token(on_meta(runs[0].model_config)), runs, "val_loss", name)
+        plot(seconds, spent, runs, "val_loss", name)
+        steps, _ = mean_curve(runs, "hellaswag_acc_norm")
+        plot(score, np.array(steps) * batch / 1e6, runs, "hellaswag_acc_norm", name)
+        if len(groups) == 1:
+            steps, losses = runs[0].curve("train_loss")
+            tokens.plot(np.array(steps) * batch / 1e6, losses, "grey", alpha=0.4, lw=0.7, zorder=0)
+    for name, value in (HELLASWAG_MARKS | {"chance": 0.25}).items():
+        score.axhline(value, linestyle=":" if name == "chance" else "--", color="grey", lw=0.8)
+        score.text(0.02, value, name, transform=score.get_yaxis_transform(), va="bottom", size=8)
+    for axis, label in ((tokens, "million tokens"), (flops, "FLOPs"), (seconds, "seconds")):
+        axis.set(xlabel=label, ylabel="validation loss (nats)")
+        low = [min(mean_curve(groups[name], "val_loss")[1]) for name in found]
+        high = [mean_curve(groups[name], "val_loss")[1] for name in found]
+        knee = max((values[len(values) // 4] for values in high), default=1)
+        if low and knee > min(low):  # the first quarter falls too far to see the rest beside it
+            axis.set_ylim(min(low) - 0.05 * (knee - min(low)), knee + 0.05 * (knee - min(low)))
+    score.set(xlabel="million tokens", ylabel="HellaSwag acc_norm")
+    scored = (run.curve("hellaswag_acc_norm")[0] for runs in groups.values() for run in runs)
+    score.set_visible(any(scored))  # else there is nothing to see
+    if found:
+        tokens.legend(fontsize=8)
+    with matplotlib.rc_context({"svg.hashsalt": "nanoswitch"}):  # the same runs, the same file
+        for suffix, extra in ((".png", {"dpi": 110}), (".svg", {"metadata": {"Date": None}})):
+            if not path.suffix or path.suffix == suffix:
+                picture = io.BytesIO()
+                figure.savefig(picture, format=suffix[1:], **extra)
+                with write_beside(str(path.with_suffix(suffix))) as file:
+                    file.write(picture.getvalue())
+
+
+def plot(axis, x, runs, key, name):
+    """The mean of Runs as a line, their range as a band."""
+    steps, mean = mean_curve(runs, key)
+    values = np.array([[run.values[key][step] for step in steps] for run in runs])
+    (line,) = axis.plot(x, mean, marker=".", markersize=4, label=name)
+    if len(runs) > 1 and steps:
+        band = values.min(axis=0), values.max(axis=0)
+        axis.fill_between(x, *band, color=line.get_color(), alpha=0.2, linewidth=0)

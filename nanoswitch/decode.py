@@ -1,0 +1,127 @@
+"""Fast decoding of one token at a time: a half-precision copy of the model, on CUDA as a graph."""
+
+import copy
+import functools
+import warnings
+import weakref
+
+import torch
+import torch.nn as nn
+
+from nanoswitch.device import autocast, pick_dtype
+
+LOADED = weakref.WeakKeyDictionary()  # a model from load(), whose weights stay: its last decoder
+
+
+def kept_decoder(model, dtype, rows):
+    """decoder(), which for a loaded model is made once, not for every reply."""
+    kept, key = LOADED.get(model, {}), (next(model.parameters()).device, dtype, rows)
+    if key not in kept:
+        kept.clear()
+        kept[key] = decoder(model, dtype, rows)
+    return kept[key]
+
+
+def decoder(model, dtype, rows):
+    """What GPT.stream is to decode `rows` texts with: a copy of the model, its weights in half
+    precision; None where that is not faster. dtype is that of the matrix products. Each token must
+    read all weights; the products of a long prompt are faster in fp32 on most CPUs."""
+    device = next(model.parameters()).device
+    on_cpu = device.type == "cpu"
+    if on_cpu and rows <= 4:
+        dtype = torch.bfloat16
+    if dtype == torch.float32:
+        return None
+    model = copy.deepcopy(model).to(dtype)
+    vars(model).pop("stream", None)  # the page's watcher: it holds the copy, which holds it
+    if on_cpu and dtype == torch.bfloat16 == pick_dtype("auto", device):  # it has units for that
+        for module in list(model.modules()):
+            for name in ("c_attn", "c_proj", "c_fc", "lm_head"):
+                if hasattr(module, name):
+                    setattr(module, name, PackedLinear(getattr(module, name), rows))
+    return functools.partial(decode_step, model)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose bf16 weight lies as oneDNN likes to read it, which torch.compile would
+    do too after half a minute: the same result, for a few rows 1.4 to 2 times as fast."""
+
+    def __init__(self, linear, rows):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def decode_step(model, cache):
+    """The function that maps the newest token of every row of a KVCache, (B, 1), to the logits of
+    the next, (B, V used): the model's next_logits, on CUDA as a graph."""
+    device = cache.device
+    # CPUs attend from one query several times as fast in fp32
+    cache.to(torch.float32 if device.type == "cpu" else model.lm_head.weight.dtype)
+    replayable = all(block.attn.replayable for block in model.transformer.h)
+    if device.type == "cuda" and replayable:
+        try:
+            return GraphedStep(model, cache)
+        except RuntimeError as error:  # slower without, but the same
+            cache.static = False
+            reason = " ".join(str(error.__context__ or error).split())[:100]
+            warnings.warn(f"no CUDA graph ({reason}): decoding without", stacklevel=2)
+    return functools.partial(in_own_dtype, model, cache)
+
+
+def in_own_dtype(model, cache, token, pos=None):
+    """next_logits without autocast: the weights have been cast."""
+    with torch.inference_mode(), autocast(token.device, torch.float32):
+        return model.next_logits(token, cache, pos)
+
+
+class GraphedStep:
+    """decode_step as a CUDA graph, which launches all its kernels at once: one by one that takes
+    many times as long as to run them. It reads the token and its position from two tensors."""
+
+    def __init__(self, model, cache):
+        model.check_length(cache.seen + 1)
+        rows, device = len(cache.layers[0].tensors[0]), cache.device
+        self.model, self.cache, cache.static = model, cache, True
+        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.pos = torch.full((1,), cache.seen, device=device)
+        # what this leaves in the cache, the first token overwrites
+        self.replay = record(self.step, device)
+
+    def step(self):
+        seen = self.cache.seen
+        try:
+            return in_own_dtype(self.model, self.cache, self.token, self.pos)
+        finally:
+            self.cache.seen = seen  # counted below: Python does not run when a graph does
+
+    def __call__(self, token):
+        self.model.check_length(self.cache.seen + 1)
+        self.token.copy_(token)
+        logits = self.replay()
+        self.pos += 1
+        self.cache.seen += 1
+        return logits
+
+
+def record(step, device):
+    """Record the kernels that step() launches on a CUDA device -> a function that runs them again
+    and returns the tensor that step() did, with new content."""
+    with torch.cuda.device(device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # its own: torch's default one serves one card
+            step()  # libraries make at their first call what cannot be recorded
+            # other threads of the page may be at work on the card meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = step()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay

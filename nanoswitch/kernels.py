@@ -1,0 +1,134 @@
+"""Who may look at whom, and the kernels that attend under it.
+
+A mask is None for plain causal attention (and for one query that sees all keys), a tensor as
+attention_mask makes it, a list of chunks as window_masks makes it, or what flex_mask makes.
+
+Shapes: B batch, Tq queries, Tk keys, nh heads, hs their size.
+"""
+
+import functools
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+# MKL picks the code of a vector function at its first call. Threads that race there can get a less
+# precise one, once (pytorch issue 188792), and the run other bits: so one thread calls each first.
+for function in (torch.exp, torch.log, torch.log1p, torch.sin, torch.cos, torch.tanh, torch.sqrt):
+    function(torch.ones(1))
+
+
+def attention_mask(q_pos, k_pos, window, bias, q_doc=None, k_doc=None):
+    """Who may look at whom: (Tq,), (Tk,) -> True where query may see key (Tq, Tk), or with a
+    bias (nh, Tq, Tk) that bias, -inf where it may not. Causal, within the window if there is one,
+    and within the document if there are documents (B, Tq), (B, Tk); then the mask is (B, ...)."""
+    distance = q_pos[:, None] - k_pos[None, :]  # (Tq, Tk)
+    visible = distance >= 0
+    if window:
+        visible = visible & (distance < window)
+    if q_doc is not None:
+        visible = visible & (q_doc[:, None, :, None] == k_doc[:, None, None, :])  # (B, 1, Tq, Tk)
+    return visible if bias is None else bias.masked_fill(~visible, -math.inf)
+
+
+def window_masks(pos, window, bias=None, doc=None):
+    """attention_mask for a sliding window over the positions pos (T,), in chunks: a list of
+    (slice of queries, slice of the keys they reach, mask), so that time and memory grow with
+    T window, not T^2. bias: a position encoding's, a function of query and key positions, or None;
+    doc (B, T) if attention keeps within documents."""
+    masks, plain = [], bias is None and doc is None
+    for rows, keys in window_chunks(len(pos), window, plain):
+        if plain and rows.start == 0:
+            masks.append((rows, keys, None))
+            continue
+        docs = () if doc is None else (doc[:, rows], doc[:, keys])
+        added = None if bias is None else bias(pos[rows], pos[keys])
+        masks.append((rows, keys, attention_mask(pos[rows], pos[keys], window, added, *docs)))
+    return masks
+
+
+def window_chunks(T, window, plain):
+    """[(slice of queries, slice of keys)]. plain: nothing but the window masks, so that the first
+    queries, which reach all keys before them, are one chunk for torch's causal kernel."""
+    step = max(192, T // 16)  # for fewer queries torch's CPU kernel takes smaller blocks
+    edges = [0, *range(window if plain else step, T, step), T]
+    return [(slice(a, b), slice(max(0, a - window + 1), b)) for a, b in itertools.pairwise(edges)]
+
+
+def sdpa(q, k, v, mask, dropout):
+    """torch's fused attention. No mask means plain causal, for which it has its fastest kernel, or
+    one query that sees all keys: torch's causal mask would let it see the first only."""
+    if isinstance(mask, list):
+        return sdpa_in_chunks(q, k, v, mask, dropout)
+    if mask is None and q.size(2) == 1:  # a branch, for is_causal may be no symbol of torch.compile
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+    )
+
+
+def sdpa_in_chunks(q, k, v, chunks, dropout):
+    """sdpa with chunks as window_masks makes them. Keys and values are cut at all their edges and
+    put together for every chunk: each slice of them would have a gradient as long as all."""
+    cuts = sorted({edge for _, keys, _ in chunks for edge in (keys.start, keys.stop)})
+    sizes = [b - a for a, b in itertools.pairwise(cuts)]
+    q = q.split([rows.stop - rows.start for rows, _, _ in chunks], dim=2)
+    k, v = k.split(sizes, dim=2), v.split(sizes, dim=2)
+    parts = []
+    for queries, (_, keys, mask) in zip(q, chunks, strict=True):
+        own = slice(cuts.index(keys.start), cuts.index(keys.stop))
+        own_k, own_v = torch.cat(k[own], dim=2), torch.cat(v[own], dim=2)
+        parts.append(sdpa(queries, own_k, own_v, mask, dropout))
+    return torch.cat(parts, dim=2)
+
+
+def sdpa_flash(q, k, v, mask, dropout):
+    # several queries on a cache have a mask, and CUDA's flash kernel knows no fp32
+    if mask is not None or (q.is_cuda and q.dtype == torch.float32):
+        return sdpa(q, k, v, mask, dropout)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(q, k, v, mask, dropout)
+
+
+def sdpa_math(q, k, v, mask, dropout):
+    """Attention step by step, all T x T scores in memory: "regular" attention."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return sdpa(q, k, v, mask, dropout)
+
+
+def flex(q, k, v, mask, dropout):
+    """FlexAttention: skips the blocks that a window or documents mask out; mask as flex_mask's."""
+    if not isinstance(mask, tuple):  # with a cache: it would compile anew for every length
+        return sdpa(q, k, v, mask, dropout)
+    block_mask, bias = mask
+    score_mod = None if bias is None else lambda score, b, h, i, j: score + bias[h, i, j]
+    if q.is_cuda and not torch.compiler.is_compiling():
+        return compiled_flex()(q, k, v, score_mod, block_mask)  # unfused unless compiled
+    return flex_attention(q, k, v, score_mod, block_mask)
+
+
+@functools.cache
+def compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_mask(q_pos, k_pos, window, bias, q_doc=None, k_doc=None):
+    """attention_mask in the form that flex takes: a BlockMask, and the bias (nh, Tq, Tk)."""
+
+    def visible(b, h, i, j):
+        distance = q_pos[i] - k_pos[j]
+        see = (distance >= 0) & (distance < window) if window else distance >= 0
+        return see if q_doc is None else see & (q_doc[b, i] == k_doc[b, j])
+
+    B = None if q_doc is None else len(q_doc)
+    return create_block_mask(visible, B, None, len(q_pos), len(k_pos), q_pos.device), bias
+
+
+KERNELS = {"auto": sdpa, "flash": sdpa_flash, "math": sdpa_math, "flex": flex}
+# for lengths that vary: all but cuDNN, which plans each new shape for tenths of a second
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

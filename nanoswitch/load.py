@@ -1,0 +1,140 @@
+"""Any CHECKPOINT -> its model and its tokenizer: a step folder, a run folder (its latest step), a
+Hugging Face folder that this model can hold, or a hub name such as gpt2."""
+
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+from model import GPTConfig
+from nanoswitch import hf
+from nanoswitch.files import check_sum, read_json
+from nanoswitch.hub import hub_download
+from nanoswitch.tokenizer import LEAST_VOCAB, N_VOCAB, get_tokenizer, has_gpt2_vocabulary
+from nanoswitch.weights import empty, fill, read_safetensors
+
+
+def load_model(checkpoint):
+    """The GPT of a checkpoint, in fp32 and in eval mode. ValueError (one line) when there is none,
+    or it cannot be fetched, is damaged, or is a model that this one cannot be."""
+    folder = find_folder(checkpoint)
+    if "model" not in read_json(folder / "config.json"):
+        return hf.load(folder)
+    model = empty(read_config(folder))
+    fill(model, read_safetensors(folder / hf.WEIGHTS), folder)
+    check_sum(folder, hf.WEIGHTS)  # a flipped bit is a weight like any other
+    return model
+
+
+def load_config(checkpoint):
+    """The GPTConfig of a checkpoint, without its weights."""
+    folder = find_folder(checkpoint)
+    ours = "model" in read_json(folder / "config.json")
+    return read_config(folder) if ours else hf.read_config(folder)[0]
+
+
+def find_folder(checkpoint):
+    """The folder that holds a checkpoint's files; a hub name's is fetched."""
+    folder = Path(checkpoint)
+    if (folder / "latest").is_file():
+        folder = latest_step(folder)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{checkpoint} is a file; give the folder that holds {hf.WEIGHTS}")
+    if len(folder.parts) > 2 or (len(folder.parts) == 2 and folder.parent.is_dir()):
+        raise ValueError(f"no checkpoint folder {folder}")
+    return hf.download(str(checkpoint))
+
+
+def latest_step(run):
+    """The step folder that run/latest names."""
+    name = (run / "latest").read_text(errors="replace").strip()
+    if not name.startswith("step_") or not name.isprintable() or Path(name).name != name:
+        raise ValueError(f"{run}/latest names no step folder: {name[:40]!r}")
+    return run / name
+
+
+def read_config(folder):
+    """The GPTConfig of a step folder; ValueError where its config.json is not one of ours."""
+    config, known = read_json(folder / "config.json"), {f.name for f in fields(GPTConfig)}
+    if not isinstance(config["model"], dict):
+        raise ValueError(f"{folder}/config.json: model is {config['model']!r}, no table of fields")
+    unknown = sorted(set(config["model"]) - known)
+    if unknown:
+        raise ValueError(f"{folder} is of another version: it sets {', '.join(unknown)}")
+    for name, value in config["model"].items():
+        kind = type(getattr(GPTConfig, name))
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{folder}/config.json: {name} is {value!r}, not {kind.__name__}")
+    return GPTConfig(**config["model"])
+
+
+# ----------------------------------------------------------------------------- its tokenizer
+
+
+def vocabulary_of(checkpoint, config):
+    """How many of GPT-2's ids (get_tokenizer's vocab) a checkpoint was trained on; None when its
+    ids are not GPT-2's.
+
+    Fewer than all of them only a run, a step or an export made here has: its config.json has our
+    "model", or our "vocab_used" with the end-of-text id that save() writes. Any other small
+    vocabulary is one of its own."""
+    if has_gpt2_vocabulary(config):
+        return N_VOCAB
+    folder, used = Path(checkpoint), config.vocab_used
+    if not folder.is_dir() or not LEAST_VOCAB <= used < N_VOCAB:
+        return None
+    if (folder / "latest").is_file():
+        return used
+    about = read_json(folder / "config.json")
+    exported = "vocab_used" in about and about.get("eos_token_id") == used - 1
+    return used if "model" in about or exported else None
+
+
+def own_tokenizer(checkpoint, config):
+    """None for GPT-2's vocabulary, else the checkpoint's own: encode(), decode() and eot."""
+    vocab = vocabulary_of(checkpoint, config)
+    if vocab == N_VOCAB:
+        return None
+    if vocab is None:
+        return Tokenizer(checkpoint)
+    cut = get_tokenizer(vocab)
+    return SimpleNamespace(encode=cut.encode, decode=cut.decode, eot=vocab - 1)
+
+
+class Tokenizer:
+    """The vocabulary of a Hugging Face folder or hub name that is not GPT-2's: tokenizer.json.
+
+    eot is the end-of-text id of its config.json. ValueError when it has none."""
+
+    def __init__(self, checkpoint):
+        try:
+            import tokenizers
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                f"the vocabulary of {checkpoint} is not GPT-2's: pip install tokenizers"
+            ) from None
+        path, config = (Path(checkpoint) / name for name in ("tokenizer.json", "config.json"))
+        if not Path(checkpoint).is_dir():
+            path = hub_download(
+                str(checkpoint), path.name, None, "model", None, read_json, hf.OFFLINE
+            )
+            config = Path(path).with_name("config.json")
+        elif not path.is_file():
+            raise ValueError(
+                f"the vocabulary of {checkpoint} is not GPT-2's, and its ids mean nothing without "
+                f"its own: put its tokenizer.json into that folder"
+            )
+        read_json(path)  # whose error is one line
+        eot = read_json(config).get("eos_token_id")
+        self.eot = eot[0] if isinstance(eot, list) and eot else eot
+        try:
+            self.vocabulary = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no other kind
+            raise ValueError(f"{path} is no tokenizer: {error}") from None
+
+    def encode(self, text, **_):
+        return self.vocabulary.encode(text).ids
+
+    def decode(self, ids):
+        return self.vocabulary.decode(ids)

@@ -1,0 +1,99 @@
+"""A run's numbers on their way from the device to the log, and what is shown of them."""
+
+import time
+
+import torch
+
+from nanoswitch.counts import flops_per_token
+from nanoswitch.device import peak_flops
+
+
+def launched(numbers):
+    """Numbers (n,) on a device that may still be at work on them, on their way to the host -> a
+    function that waits for them only, not for what the device was given later -> n floats."""
+    on_cuda = numbers.device.type == "cuda"
+    numbers = numbers.to("cpu", non_blocking=on_cuda)
+    arrived = torch.cuda.current_stream().record_event() if on_cuda else None
+
+    def read():
+        if arrived:
+            arrived.synchronize()
+        return numbers.tolist()
+
+    return read
+
+
+def due(every, done, last):
+    return done == last or (every and done % every == 0)
+
+
+class Meter:
+    """Takes the steps' numbers from the device to the log.
+
+    waiting: steps done or under way, (number, function that reads its numbers). A card is at its
+    next step while the host reads those of the one before."""
+
+    def __init__(self, trainer, log, start):
+        self.trainer, self.log, self.first = trainer, log, start + 1
+        self.waiting, self.begin, self.average = [], time.perf_counter(), None
+        self.peak, self.flops = peak_flops(trainer.device), flops_per_token(trainer.model)
+
+    def read(self):
+        """Log the steps but the last, and that too on CPU or if something else is due after it ->
+        whether any rank was told to stop."""
+        config, (done, _), stop = self.trainer.config, self.waiting[-1], False
+        intervals = (
+            config.eval_every, config.hellaswag_every, config.sample_every, config.checkpoint_every,
+        )  # fmt: skip
+        now = self.trainer.device.type != "cuda"
+        now = now or any(due(every, done, self.trainer.max_steps) for every in intervals)
+        while self.waiting and (now or stop or len(self.waiting) > 1):
+            stop = self.report(*self.waiting.pop(0)) or stop
+        return stop
+
+    def report(self, done, read):
+        config, last = self.trainer.config, self.trainer.max_steps
+        loss, norm, stop = read()
+        seconds = time.perf_counter() - self.begin
+        self.begin += seconds
+        self.average = 0.9 * (self.average or seconds) + 0.1 * seconds
+        rate, speed = self.trainer.rate(done - 1), config.total_batch_tokens / seconds
+        world = self.trainer.ranks.world
+        mfu = self.flops * speed / (self.peak * world) if self.peak else None
+        note = self.log.step(
+            step=done, train_loss=loss, lr=rate, grad_norm=norm,
+            tokens=done * config.total_batch_tokens, tok_per_s=speed, mfu=mfu,
+        )  # fmt: skip
+        if done == self.first or note or due(config.print_every, done, last):
+            usage = f" mfu {mfu:.0%}" if mfu else ""
+            if not mfu and self.trainer.device.type == "cuda":
+                usage = " unknown card"
+            note = note or f"{usage} eta {clock(self.average * (last - done))}"  # 80 columns
+            power = f"{rate:.1e}".replace("e-0", "e-")
+            self.log.say(
+                f"{done:>5}/{last} loss {loss:.4f} lr {power} norm {norm:.2f} "
+                f"{short(speed)} tok/s{note}"
+            )
+        self.log.check_skipped(self.trainer.scaler.is_enabled())
+        return bool(stop)
+
+    def skip_pause(self):
+        """Leave what came after the last step out of the next one's time."""
+        if not self.waiting:
+            self.begin = time.perf_counter()
+
+
+def short(number):
+    """1234567 -> 1.23M, 65432 -> 65.4k: three digits that fit a progress line."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def clock(seconds):
+    """7509 -> 2h05m, 200000 -> 2d07h: the two largest units."""
+    sizes, units, seconds = (86400, 3600, 60, 1), "dhms", int(seconds)
+    i = next((i for i, size in enumerate(sizes[:2]) if seconds >= size), 2)
+    large, rest = divmod(seconds, sizes[i])
+    return f"{large}{units[i]}{rest // sizes[i + 1]:02d}{units[i + 1]}"

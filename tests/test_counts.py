@@ -1,0 +1,143 @@
+"""What counts.py counts, against the formulas of tests/formulas.py and against tensors that were
+made; and the README against both."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import formulas
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from nanoswitch import counts, switches
+from nanoswitch.cache import KVCache
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+@pytest.mark.parametrize("name, changes", [row[:2] for row in switches.ROWS])
+def test_counts_are_those_of_the_formulas(name, changes):
+    config = GPTConfig(**changes)
+    model = counts.on_meta(config)
+    assert counts.num_params(config) == formulas.parameters(config)
+    assert counts.flops_per_token(model) == formulas.flops_per_token(config)
+    assert counts.kv_bytes_per_token(model) == formulas.kv_bytes_per_token(config)
+    if not any(p.requires_grad for p in model.transformer.wpe.parameters()) and name not in (
+        "attention linformer", "document_mask"
+    ):  # fmt: skip
+        small = 2**14  # slopes and the like
+        held = counts.mask_bytes(model)
+        assert 0 <= held - formulas.mask_bytes(config) <= small
+
+
+def test_masks_of_other_kinds():
+    T, S, R = 1024, 64, 16
+    documents = counts.mask_bytes(counts.on_meta(GPTConfig(document_mask=True)))
+    assert T * T <= documents < 1.02 * T * T
+    # of each of n segments: S queries meet n R summaries and S keys
+    linformer = counts.mask_bytes(counts.on_meta(GPTConfig(attention="linformer")))
+    n = T // S
+    assert n * S * (n * R + S) <= linformer < 1.02 * n * S * (n * R + S)
+    # a learned bias keeps its own steps for the backward pass too
+    kerple = counts.mask_bytes(counts.on_meta(GPTConfig(pos="kerple")))
+    assert kerple > 2 * 12 * T * T * 4
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu", "relu2"])
+def test_parameters_without_biases(bias, norm, mlp):
+    config = GPTConfig(bias=bias, norm=norm, mlp=mlp, n_layer=3, n_head=4, n_kv_head=2, n_embd=36)
+    assert counts.num_params(config) == formulas.parameters(config)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "window": 5}, {"window": 6,
+     "window_pattern": "SL"}]
+)  # fmt: skip
+def test_cache_bytes_are_those_of_a_filled_cache(changes):
+    config = GPTConfig(
+        block_size=16, vocab_size=64, vocab_used=64, n_layer=4, n_head=4, n_embd=32, **changes
+    )
+    model = GPT(config).eval().bfloat16()
+    cache = KVCache(model, 16)
+    with torch.no_grad():
+        model.features(torch.zeros(1, 16, dtype=torch.long), cache)
+    held = sum(x.numel() * x.element_size() for layer in cache.layers for x in layer.tensors)
+    assert counts.kv_bytes_per_token(model) == held // 16
+
+
+def test_a_count_changes_nothing():
+    """Neither the model nor torch's randomness: a run that was asked is a run that was not."""
+    config = GPTConfig(block_size=16, vocab_size=64, vocab_used=64, n_layer=1, n_head=2, n_embd=8)
+    torch.manual_seed(3)
+    model = GPT(config)
+    before, state = {n: w.clone() for n, w in model.state_dict().items()}, torch.get_rng_state()
+    counts.num_params(config), counts.flops_per_token(model), counts.kv_bytes_per_token(model)
+    counts.mask_bytes(model), counts.pass_bytes(config, 2)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
+
+
+PEAK = """
+import resource, sys, torch
+from model import GPT, GPTConfig
+from nanoswitch.device import tune_cpu
+torch.set_num_threads(1)
+config = GPTConfig(512, 4096, 4096, n_layer=4, n_embd=256, n_head=4)
+model, idx = GPT(config), torch.zeros(int(sys.argv[1]), 512, dtype=torch.long)
+model(idx[:1, :8], idx[:1, :8])[1].backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model(idx, idx)[1].backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
+def test_bytes_of_a_pass_are_those_of_a_process():
+    config = GPTConfig(n_layer=4, n_embd=256, n_head=4, vocab_size=4096, vocab_used=4096)
+    config = replace(config, block_size=512)
+    grown = []
+    for size in (2, 16):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, str(size)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert not done.returncode, done.stderr
+        grown.append(int(done.stdout))
+    counted = [counts.pass_bytes(config, size) for size in (2, 16)]
+    # of the difference nothing is the libraries' own
+    assert counted[1] - counted[0] == pytest.approx(grown[1] - grown[0], rel=0.15)
+
+
+def test_readme_table_is_current():
+    shown = re.search(r"<!-- switches -->\n(.*)<!-- /switches -->", README.read_text(), re.S)[1]
+    assert shown.splitlines() == switches.table(), "python -m nanoswitch.switches table"
+
+
+def test_every_choice_of_a_switch_has_a_row():
+    from model import ATTENTIONS, MLPS, NORMS, POSITIONS
+
+    shown = {(k, v) for _, changes, *_ in switches.ROWS for k, v in changes.items()}
+    base = GPTConfig()
+    for field, table in dict(pos=POSITIONS, norm=NORMS, mlp=MLPS, attention=ATTENTIONS).items():
+        for choice in table:
+            assert choice == getattr(base, field) or (field, choice) in shown
+
+
+def test_pictures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    switches.plot(GPTConfig(), tmp_path)
+    for name in ("biases.png", "masks.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_linformer_picture_is_causal_and_summarises_only_the_past():
+    picture = switches.linformer_picture(12, 4)
+    for q in range(12):
+        for k in range(12):
+            own, past = q // 4 == k // 4 and k <= q, k // 4 < q // 4
+            assert picture[q, k] == pytest.approx(1.0 if own else 0.4 if past else 0.0)

@@ -1,0 +1,46 @@
+"""Imports run down only: each file may import those of earlier layers, and of its own those that
+stand before it."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LAYERS = """
+    files cli device | kernels cache loss generation | model | counts |
+    tokenizer shards readers pydocs windows hub weights hf load | checkpoints tracker log curves
+    optimizers parallel micro_batch progress signals decode publish export |
+    fineweb hellaswag sample | train_gpt2 | compare bench app switches
+"""
+ORDER = LAYERS.replace("|", " ").split()
+LAZY = {("model", "from_pretrained", "load")}  # the one that nanoGPT's users type
+
+
+def imports(path):
+    """[(function it stands in or "", name of the file of ours)] of all imports in a file."""
+    found = []
+
+    def visit(node, function):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            whole = node.module == "nanoswitch"
+            names = [alias.name for alias in node.names] if whole else [node.module]
+        found.extend((function, name.removeprefix("nanoswitch.")) for name in names)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            visit(child, getattr(node, "name", "a lambda") if inside else function)
+
+    visit(ast.parse(path.read_text()), "")
+    return [(function, name) for function, name in found if name in ORDER]
+
+
+def test_imports_run_down_only():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("nanoswitch/*.py")]
+    assert {path.stem for path in files} - {"__init__"} == set(ORDER)
+    for path in files:
+        for function, name in imports(path) if path.stem in ORDER else []:
+            if (path.stem, function, name) in LAZY:
+                continue
+            assert not function, f"{path.name}: {function} imports {name} lazily"
+            assert ORDER.index(name) < ORDER.index(path.stem), f"{path.name} imports {name}"

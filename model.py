@@ -409,10 +409,8 @@ class Attention(nn.Module):
     @staticmethod
     def check(config):
         """ValueError where this attention cannot be what the config asks for."""
-        kernel, biased = (
-            config.attention_kernel,
-            any(has_bias(POSITIONS[p]) for p in config.encodings),
-        )
+        kernel = config.attention_kernel
+        biased = any(has_bias(POSITIONS[name]) for name in config.encodings)
         if kernel == "flash" and (biased or config.window or config.document_mask):
             raise ValueError(
                 f"attention_kernel flash knows only plain causal attention, not pos '{config.pos}' "
@@ -667,7 +665,8 @@ class GPT(nn.Module, Generation):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
-        kinds = list(zip(config.attentions, config.windows, config.encodings, strict=True))
+        self.encoded_by = config.encodings  # the name of each layer's encoding
+        kinds = list(zip(config.attentions, config.windows, self.encoded_by, strict=True))
         self.alike = [kinds.index(kind) for kind in kinds]  # of each layer the first of its kind
         if not self.lm_head.weight.is_meta:
             self.init_weights(seed)
@@ -738,14 +737,13 @@ class GPT(nn.Module, Generation):
             docs = cache.number_documents(pos, docs) if cache else docs
         masks, layers = self.masks(pos, docs, cache), cache.layers if cache else None
         for i, block in enumerate(self.transformer.h):
-            rotation = rotations[config.encodings[i]]
-            x = block(x, rotation, masks[i], layers and layers[i])
+            x = block(x, rotations[self.encoded_by[i]], masks[i], layers and layers[i])
         return self.transformer.ln_f(x)
 
     def masks(self, pos, docs=None, cache=None):
         """Of each layer, what the tokens at pos (T,) may attend to; docs (B, T) their documents, if
         attention keeps within them; cache, advanced to pos. Layers of one kind share one mask."""
-        masks, names, encodings = [], self.config.encodings, self.encodings
+        masks, encodings = [], self.encodings
         for i, block in enumerate(self.transformer.h):
             if self.alike[i] < i:
                 masks.append(masks[self.alike[i]])
@@ -754,7 +752,7 @@ class GPT(nn.Module, Generation):
             if docs is not None:
                 k_pos = layer.ring.k_pos if cache else pos
                 both = docs, docs if k_pos is pos else cache.documents_at(k_pos)
-            masks.append(block.attn.mask(pos, encodings[names[i]], both, layer))
+            masks.append(block.attn.mask(pos, encodings[self.encoded_by[i]], both, layer))
         return masks
 
     def check_length(self, length):

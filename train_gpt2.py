@@ -24,7 +24,8 @@ import torch
 
 import hellaswag
 from model import GPT, GPTConfig
-from nanoswitch import checkpoints, cli, curves, micro_batch
+from nanoswitch import cards, checkpoints, cli, curves, micro_batch
+from nanoswitch.cards import named_card
 from nanoswitch.cli import at_least
 from nanoswitch.counts import flops_per_token, on_meta
 from nanoswitch.device import (
@@ -69,7 +70,8 @@ class TrainConfig:
     seed: int = 1337
     """seed of the initial weights, the data order, dropout and samples"""
     device: str = "auto"
-    """auto takes cuda, else mps, else cpu"""
+    """auto takes cuda, else mps, else cpu; with dry_run also a card that is not here: cuda:4090,
+    cuda:5090, cuda:a100, cuda:h100, cuda:h200, cuda:3090, cuda:t4"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision of the matrix products; the weights stay fp32. auto: bfloat16 where the hardware
     has it, float16 with loss scaling on older CUDA cards, float32 elsewhere"""
@@ -199,16 +201,21 @@ class Plan:
     what they cost. ValueError for what cannot be trained."""
 
     def __init__(self, model_config, config):
-        self.config, self.ranks = config, Ranks(config.device)
+        self.config, self.card = config, named_card(config.device)
+        if self.card and not config.dry_run:
+            raise ValueError(f"device {config.device} is a card to plan for: add --dry_run true")
+        self.ranks = Ranks("cpu" if self.card else config.device)
         self.device = self.ranks.device
         self.dtype = pick_dtype(config.dtype, self.device)
+        if self.card and config.dtype == "auto":
+            self.dtype = self.card.dtype
         tune_cpu(self.device)
         if config.init_from:
             loaded = load_config(config.init_from)
             refuse_conflicts(model_config, loaded, config.init_from)
             model_config = loaded
         self.model_config = c = model_config
-        if c.attention_kernel == "flex" and self.device.type != "cuda":
+        if c.attention_kernel == "flex" and self.device.type != "cuda" and not self.card:
             raise ValueError(
                 f"attention_kernel flex trains on CUDA only, not {self.device}; use auto"
             )
@@ -229,7 +236,7 @@ class Plan:
 
     def check_memory(self, need):
         """ValueError where a rank needs more bytes than its card or machine has."""
-        there = available_memory(self.device)
+        there = self.card.memory * 2**30 if self.card else available_memory(self.device)
         if there and need > there:
             raise ValueError(
                 f"not enough memory: the run needs {need / 2**30:,.1f} GiB, and "
@@ -265,6 +272,7 @@ class Plan:
         c, ranks, T = self.config, self.ranks, self.model_config.block_size
         model, on_cuda = on_meta(self.model_config), self.device.type == "cuda"
         device = torch.cuda.get_device_name() if on_cuda else self.device.type
+        device = self.config.device if self.card else device
         steps = self.batch_windows // ranks.world // size
         return [
             f"parameters {model.num_params():,}  training FLOPs per token "
@@ -280,19 +288,23 @@ class Plan:
 
 def dry_run(plan):
     """Print what a run would be and need, without its model."""
-    size = micro_batch.find(plan, functools.partial(micro_batch.fits_by_count, plan))
+    fits = cards.fits if plan.card else micro_batch.fits_by_count
+    size = micro_batch.find(plan, functools.partial(fits, plan))
     need = micro_batch.expected_bytes(plan, size)
     flops = flops_per_token(on_meta(plan.model_config))
-    flop_rate = matrix_rate(plan.device, plan.dtype)
+    flop_rate = plan.card.flops if plan.card else matrix_rate(plan.device, plan.dtype)
     rate = flop_rate / flops * plan.ranks.world
     seconds = plan.max_steps * plan.config.total_batch_tokens / rate
     if not plan.ranks.first:
         return
     print("\n".join(plan.describe(size)))
     print(f"memory about {need / 2**30:.3g} GiB each")
+    for line in cards.table(plan, size) if plan.card else []:
+        print(line)
+    source = "its data sheet" if plan.card else "large products, measured"
     print(
         f"expected time {clock(seconds)} or more, at a computed {rate:,.0f} tokens/s: the FLOPs at "
-        f"{flop_rate / 1e12:.2f} TFLOP/s, measured on large products"
+        f"{flop_rate / 1e12:.2f} TFLOP/s ({source})"
     )
     plan.check_memory(need)
 

@@ -77,34 +77,45 @@ def mask_bytes(model):
 
 def pass_bytes(config, size, dtype=torch.float32):
     """Peak bytes of a forward and backward pass over `size` sequences of block_size tokens, beyond
-    those of the weights and their gradients: every operator runs on shapes alone, and the tensors
-    alive are added up. dtype: that of the products, under autocast."""
+    those of the weights and their gradients. dtype: that of the products, under autocast."""
+    storages = pass_costs(config, size, dtype)
+    return max(0, storages.peak - 2 * 4 * num_params(config))
+
+
+def pass_costs(config, size, dtype=torch.float32):
+    """Run a forward and backward pass over `size` sequences on shapes alone, operator by operator
+    -> Storages, its peak with weights and gradients."""
     model = on_meta(config)
     with FakeTensorMode(allow_non_fake_inputs=True), Storages() as storages:
         model = model.to_empty(device="cpu")
         if config.tie_embeddings:
             model.lm_head.weight = model.transformer.wte.weight
-        weights = 4 * model.num_params()
         idx = torch.empty(size, config.block_size, dtype=torch.int64, device="cpu")
+        storages.moved = 0
         with autocast(idx.device, dtype):
             _, loss = model.train()(idx, idx)
         loss.backward()
-    return max(0, storages.peak - 2 * weights)
+    return storages
 
 
 class Storages(TorchDispatchMode):
     """Adds up the bytes of the storages that are made inside: `now` those alive, `peak` the most
-    there were at once."""
+    there were at once; and `moved`, what the operators read and write, but for views."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.alive = 0, 0, set()
+        self.now, self.peak, self.moved, self.alive = 0, 0, 0, set()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.add(x.untyped_storage())
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        before = {x.untyped_storage()._cdata for x in given}
+        is_view = all(x.untyped_storage()._cdata in before for x in made)
+        if operator._schema.is_mutable or not is_view:
+            self.moved += sum(x.nbytes for x in given + made)
+        for x in made:
+            self.add(x.untyped_storage())
         return result
 
     def add(self, storage):

@@ -31,14 +31,15 @@ def find(plan, fits):
             )
         return config.micro_batch
     # far beyond what fills a card; a CPU has no thousands of cores to fill
-    tokens = 2**18 if plan.device.type == "cuda" else 8192
+    on_card = plan.device.type == "cuda" or plan.card
+    tokens = 2**18 if on_card else 8192
     most = max(1, tokens // plan.model_config.block_size)
     ran_out = int(plan.ranks.sum(remembered(config.run_dir) if plan.ranks.first else 0)[0])
     if ran_out and plan.ranks.first:
         print(f"micro_batch at most {ran_out}, for memory ran out: {limit_file(config.run_dir)}")
     most = min(most, ran_out or most)
     sizes = [d for d in reversed(divisors(per_rank)) if d <= most]
-    if plan.device.type != "cuda":
+    if not on_card:
         return sizes[0]
     for size in sizes:
         if plan.ranks.sum(fits(size))[0] == plan.ranks.world:

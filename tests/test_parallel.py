@@ -376,6 +376,7 @@ def test_a_run_folder_that_the_ranks_do_not_share_is_refused(folder, tmp_path, m
 def test_fsdp_on_cuda_takes_what_fits_by_formula(monkeypatch, gigabytes, size):
     """124M on 2 ranks: 1 GB of state each, 0.5 GB gathered, 0.4 GB of activations a sequence."""
     made = t.Trainer.__new__(t.Trainer)
+    made.card = None
     made.config, made.model_config = t.TrainConfig(parallel="fsdp", run_dir="nowhere"), GPTConfig()
     made.batch_windows, made.device, made.dtype = 64, torch.device("cuda"), torch.bfloat16
     both = lambda *values: [2 * float(value) for value in values]  # noqa: E731

@@ -1,0 +1,71 @@
+"""Cards to plan for without having one: train_gpt2.py CONFIG --dry_run true --device cuda:h100
+
+Everything here is computed: memory by counting what the operators of a pass allocate, speed from
+their FLOPs and bytes and the makers' data sheets.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanoswitch.counts import flops_per_token, on_meta, pass_costs
+from nanoswitch.micro_batch import divisors, expected_bytes
+
+
+@dataclass
+class Card:
+    memory: float
+    """GiB that torch reports"""
+    flops: float
+    """dense FLOP/s of half-precision products summed in fp32"""
+    bandwidth: float
+    """bytes/s of its memory"""
+    dtype: torch.dtype = torch.bfloat16
+
+
+CARDS = {
+    "t4": Card(14.7, 65e12, 320e9, torch.float16),
+    "3090": Card(23.6, 71e12, 936e9),
+    "4090": Card(23.6, 165e12, 1008e9),
+    "5090": Card(31.4, 209e12, 1792e9),
+    "a100": Card(79.2, 312e12, 2039e9),
+    "h100": Card(79.1, 989e12, 3350e9),
+    "h200": Card(139.8, 989e12, 4800e9),
+}
+
+
+def named_card(device):
+    """The Card that a --device such as cuda:h100 names; None for a device that may be here."""
+    kind, _, name = device.partition(":")
+    if kind != "cuda" or not name or name.isdigit():
+        return None
+    if name.lower() not in CARDS:
+        raise ValueError(f"no card '{name}' is known; the cards are {', '.join(CARDS)}")
+    return CARDS[name.lower()]
+
+
+def fits(plan, size):
+    """Whether `size` sequences leave a twentieth of the card, for fragments and the compiler."""
+    return expected_bytes(plan, size) < 0.95 * plan.card.memory * 2**30
+
+
+def table(plan, most):
+    """What a card can do with micro-batches up to `most` -> lines: memory, and two bounds on
+    tokens/s: one where every operator reads and writes its tensors, as without torch.compile, one
+    where nothing but the products takes time. A real run stays below both."""
+    card, lines = plan.card, []
+    flops = flops_per_token(on_meta(plan.model_config))
+    sizes = [d for d in divisors(plan.batch_windows // plan.ranks.world) if d <= most]
+    for size in sizes[-8:]:
+        need = expected_bytes(plan, size) / 2**30
+        tokens = size * plan.model_config.block_size
+        moved = pass_costs(plan.model_config, size, plan.dtype).moved
+        products = tokens * flops / card.flops
+        slow, fast = (
+            plan.ranks.world * tokens / s for s in (products + moved / card.bandwidth, products)
+        )
+        lines.append(
+            f"micro_batch {size:>4}: {need:6.1f} GiB, at most {slow:,.0f} tokens/s eager, "
+            f"{fast:,.0f} by products alone (computed)"
+        )
+    return lines

@@ -1,0 +1,71 @@
+"""Planning for a card that is not here: bytes and memory against numbers worked out by hand."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train import make_data
+
+from model import GPTConfig
+from nanoswitch import cards, counts, micro_batch
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_bytes_moved_are_those_that_operators_read_and_write():
+    a, b = torch.ones(100), torch.ones(100)
+    with counts.Storages() as storages:
+        a + b  # two read, one written, 400 bytes each
+    assert storages.moved == 1200
+    with counts.Storages() as storages:
+        a.view(10, 10).T[2:]
+    assert storages.moved == 0
+    with counts.Storages() as storages:
+        a.add_(b)
+    assert storages.moved == 1200
+
+
+def test_gpt2_in_bf16_takes_what_its_tensors_take():
+    """64 sequences: weights, gradients and moments, 16 bytes of 124M; of 12 layers and 65,536
+    tokens about 160 KiB a layer and token; the head's chunks."""
+    config = GPTConfig()
+    ranks = SimpleNamespace(world=1)
+    plan = SimpleNamespace(
+        model_config=config, dtype=torch.bfloat16, ranks=ranks, card=cards.CARDS["h100"],
+        config=SimpleNamespace(parallel="ddp"),
+    )  # fmt: skip
+    one, many = (micro_batch.expected_bytes(plan, size) for size in (8, 64))
+    assert many / 2**30 == pytest.approx(23.7, rel=0.03)
+    # inputs of both norms and what they make, q k v, the heads' result, GELU's input and output:
+    # 2 x (4 + 4 + 2) + 3 x 2 + 2 + 2 x 8 bytes of 768 channels, and the residual stream
+    a_token = 12 * 768 * (2 * (4 + 2) + 6 + 2 + 16 + 2 * 4)
+    assert (many - one) / (56 * 1024) == pytest.approx(a_token, rel=0.25)
+    assert cards.fits(plan, 64) and not cards.fits(plan, 1024)
+
+
+def test_a_card_that_is_not_here_is_planned_for(tmp_path):
+    make_data(tmp_path / "data")
+    flags = dict(
+        n_layer=2, n_head=2, n_embd=32, block_size=16, total_batch_tokens=128, val_tokens=64,
+        data_dir=tmp_path / "data", run_dir=tmp_path / "run",
+    )  # fmt: skip
+    line = [sys.executable, "train_gpt2.py", *(f"--{k}={v}" for k, v in flags.items())]
+
+    def run(*more):
+        return subprocess.run([*line, *more], cwd=ROOT, capture_output=True, text=True)
+
+    shown = run("--dry_run=true", "--device=cuda:t4").stdout
+    assert "dtype float16" in shown and "device cuda:t4" in shown
+    found = re.findall(r"micro_batch +(\d+): +[\d.]+ GiB, at most ([\d,]+) tokens/s", shown)
+    assert [int(size) for size, _ in found] == [1, 2, 4, 8]
+    speeds = [int(speed.replace(",", "")) for _, speed in found]
+    assert speeds == sorted(speeds)
+    wrong = run("--dry_run=true", "--device=cuda:h1")
+    assert wrong.returncode == 1 and "4090" in wrong.stderr
+    refused = run("--device=cuda:h100")
+    assert refused.returncode == 1 and "--dry_run true" in refused.stderr
+    assert not (tmp_path / "run").exists()

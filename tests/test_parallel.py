@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where this file is the script
 
-from test_train import column, configs, log, make_data
+from tiny_runs import column, configs, log, make_data
 
 import train_gpt2 as t
 from model import GPT, GPTConfig

@@ -22,27 +22,21 @@ from torch.optim import AdamW
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where this file is the script
 
-import test_train as tt
+import tiny_runs as runs
 
+import train_gpt2
 from nanoswitch import checkpoints, cli, parallel, signals
-from nanoswitch import log as log_file
+from nanoswitch.log import Log, spike
 
 ROOT = Path(__file__).parent.parent
 FEW = dict(keep_checkpoints=0, eval_every=3, val_tokens=32, sample_every=0)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("survival") / "data"
-    tt.make_data(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole(data):
     """An uninterrupted run of 6 steps with checkpoints at 2, 4 and 6."""
     run = data.parent / "whole"
-    tt.train(data, run, **FEW)
+    runs.train(data, run, **FEW)
     return run
 
 
@@ -52,7 +46,7 @@ def copy(whole, tmp_path):
 
 
 def steps(run):
-    return [line["step"] for line in tt.log(run, "train_loss")]
+    return [line["step"] for line in runs.log(run, "train_loss")]
 
 
 def strict_log(run):
@@ -87,16 +81,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     whole, copy, data, capsys, damage, name
 ):  # fmt: skip
     damage(copy / "step_000006" / name)
-    older = tt.snapshot(copy / "step_000004") | tt.snapshot(copy / "step_000002")
-    tt.train(data, copy, **FEW)
+    older = runs.snapshot(copy / "step_000004") | runs.snapshot(copy / "step_000002")
+    runs.train(data, copy, **FEW)
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if "warning" in line)
     assert "step_000006" in line and "continuing from step_000004" in line
     assert name == "SHA256SUMS" or name in line
-    assert tt.results(copy) == tt.results(whole)
-    assert tt.equal_weights(tt.weights(copy), tt.weights(whole))
+    assert runs.results(copy) == runs.results(whole)
+    assert runs.equal_weights(runs.weights(copy), runs.weights(whole))
     assert (copy / "latest").read_text() == "step_000006\n"
-    after = tt.snapshot(copy)
+    after = runs.snapshot(copy)
     assert all(after[path] == content for path, content in older.items())
 
 
@@ -113,10 +107,10 @@ def test_a_checkpoint_from_before_checksums_still_counts(copy, data):
 def test_with_no_whole_checkpoint_left_nothing_is_touched(copy, data, capsys, monkeypatch):
     for folder in copy.glob("step_*"):
         flip_a_bit(folder / "model.safetensors")
-    before = tt.snapshot(copy)
-    err = tt.refused(capsys, monkeypatch, *tt.arguments(data, copy, **FEW))
+    before = runs.snapshot(copy)
+    err = runs.refusal(capsys, monkeypatch, *runs.arguments(data, copy, **FEW))
     assert "no whole checkpoint is left" in err and "step_000006/model.safetensors" in err
-    assert tt.snapshot(copy) == before
+    assert runs.snapshot(copy) == before
 
 
 def test_latest_naming_a_missing_checkpoint_is_said_and_mended(copy, data, capsys):
@@ -152,11 +146,11 @@ def test_a_save_that_fails_is_a_warning_and_the_run_goes_on(
     whole, data, tmp_path, full_disk, capsys
 ):  # fmt: skip
     full_disk(4)
-    tt.train(data, tmp_path, **FEW)
+    runs.train(data, tmp_path, **FEW)
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(lines) == 1 and "could not write" in lines[0] and "step_000004" in lines[0]
-    assert tt.results(tmp_path) == tt.results(whole)
-    assert tt.equal_weights(tt.weights(tmp_path), tt.weights(whole))
+    assert runs.results(tmp_path) == runs.results(whole)
+    assert runs.equal_weights(runs.weights(tmp_path), runs.weights(whole))
     assert [f.name for f in checkpoints.step_folders(tmp_path)] == ["step_000002", "step_000006"]
     assert not list(tmp_path.glob(".step*"))
 
@@ -164,13 +158,13 @@ def test_a_save_that_fails_is_a_warning_and_the_run_goes_on(
 def test_the_last_save_failing_fails_the_run(whole, data, tmp_path, full_disk, capsys, monkeypatch):
     full_disk(6)
     flags = FEW | dict(keep_checkpoints=1)
-    err = tt.refused(capsys, monkeypatch, *tt.arguments(data, tmp_path, **flags))
+    err = runs.refusal(capsys, monkeypatch, *runs.arguments(data, tmp_path, **flags))
     assert "could not write" in err and "step_000006" in err
     assert checkpoints.find_damage(tmp_path / "step_000004") is None
     full_disk(None)
-    tt.train(data, tmp_path, **flags)
-    assert tt.results(tmp_path) == tt.results(whole)
-    assert tt.equal_weights(tt.weights(tmp_path), tt.weights(whole))
+    runs.train(data, tmp_path, **flags)
+    assert runs.results(tmp_path) == runs.results(whole)
+    assert runs.equal_weights(runs.weights(tmp_path), runs.weights(whole))
 
 
 class FullFile:
@@ -186,7 +180,7 @@ class FullFile:
 
 
 def test_the_log_keeps_what_a_full_disk_refuses(tmp_path, capsys):
-    log = log_file.Log(tmp_path, 0, active=True)
+    log = Log(tmp_path, 0, active=True)
     log.file = file = FullFile()
     for step in range(1, 6):
         file.full = step in (2, 3)
@@ -217,30 +211,30 @@ def test_a_read_only_folder_is_refused_before_any_training():
 
 
 def test_a_second_run_in_the_folder_is_refused(copy, data, capsys, monkeypatch):
-    before = tt.snapshot(copy)
+    before = runs.snapshot(copy)
     with checkpoints.sole_user(copy):
-        err = tt.refused(capsys, monkeypatch, *tt.arguments(data, copy, **FEW, max_steps=9))
+        err = runs.refusal(capsys, monkeypatch, *runs.arguments(data, copy, **FEW, max_steps=9))
         assert "another process is training" in err and str(copy) in err
-    assert tt.snapshot(copy) == before
+    assert runs.snapshot(copy) == before
     with checkpoints.sole_user(copy):  # is free again
         pass
 
 
 def test_other_tokens_of_the_same_number_are_refused(copy, data, tmp_path, capsys, monkeypatch):
-    tt.make_data(tmp_path / "other", seed=1)
-    before = tt.snapshot(copy)
+    runs.make_data(tmp_path / "other", seed=1)
+    before = runs.snapshot(copy)
     flags = FEW | dict(max_steps=9)
-    err = tt.refused(capsys, monkeypatch, *tt.arguments(tmp_path / "other", copy, **flags))
-    assert "other tokens" in err and str(data) in err and tt.snapshot(copy) == before
+    err = runs.refusal(capsys, monkeypatch, *runs.arguments(tmp_path / "other", copy, **flags))
+    assert "other tokens" in err and str(data) in err and runs.snapshot(copy) == before
 
 
 def test_the_same_tokens_in_other_shards_are_accepted(copy, tmp_path):
     rng = np.random.default_rng(0)
     train, val = rng.integers(0, 50257, 1450), rng.integers(0, 50257, 200)
     (tmp_path / "cut").mkdir()
-    tt.save_bin(tmp_path / "cut" / "val_0.bin", val)
-    tt.save_npy(tmp_path / "cut" / "train_1.npy", train)
-    assert tt.trainer(tmp_path / "cut", copy, **FEW).resume(copy) == 6
+    runs.save_bin(tmp_path / "cut" / "val_0.bin", val)
+    runs.save_npy(tmp_path / "cut" / "train_1.npy", train)
+    assert runs.trainer(tmp_path / "cut", copy, **FEW).resume(copy) == 6
 
 
 # ----------------------------------------------------------------------------- signals
@@ -248,7 +242,7 @@ def test_the_same_tokens_in_other_shards_are_accepted(copy, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_at_the_next_step_boundary(whole, data, tmp_path, capfd, number):
-    made = tt.trainer(data, tmp_path, **FEW)
+    made = runs.trainer(data, tmp_path, **FEW)
     real, before = made.step, signal.getsignal(signal.SIGINT)
 
     def step(step, *args):
@@ -258,14 +252,14 @@ def test_a_signal_saves_at_the_next_step_boundary(whole, data, tmp_path, capfd, 
 
     made.step = step
     with pytest.raises(SystemExit) as stop:
-        tt.t.train(made)
+        train_gpt2.train(made)
     assert stop.value.code == 128 + number
     assert (tmp_path / "latest").read_text().strip() == "step_000003"  # the third was at work
     assert "the same command continues" in capfd.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
-    tt.train(data, tmp_path, **FEW)
-    assert tt.results(tmp_path) == tt.results(whole)
-    assert tt.equal_weights(tt.weights(tmp_path), tt.weights(whole))
+    runs.train(data, tmp_path, **FEW)
+    assert runs.results(tmp_path) == runs.results(whole)
+    assert runs.equal_weights(runs.weights(tmp_path), runs.weights(whole))
 
 
 def test_a_second_interrupt_stops_at_once(capfd):
@@ -281,7 +275,7 @@ def test_a_second_interrupt_stops_at_once(capfd):
 
 def test_all_ranks_stop_at_the_step_where_one_is_told_to(data, tmp_path):
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    line += tt.command(data, tmp_path, **FEW, max_steps=2000, checkpoint_every=0)[1:]
+    line += runs.command(data, tmp_path, **FEW, max_steps=2000, checkpoint_every=0)[1:]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     begin = time.time()
     while not (tmp_path / "log.jsonl").exists() or len(steps(tmp_path)) < 2:
@@ -332,7 +326,7 @@ def state_of(made):
 @pytest.mark.parametrize("optimizer", ["fused", "plain", "scaled", "muon"])
 def test_a_bad_step_leaves_weights_and_optimizer_as_they_are(data, tmp_path, kind, optimizer):
     name = "muon" if optimizer == "muon" else "adamw"
-    made = tt.trainer(data, tmp_path, **FEW, optimizer=name)
+    made = runs.trainer(data, tmp_path, **FEW, optimizer=name)
     if optimizer == "plain":
         groups = [{"params": list(made.model.parameters()), "lr_scale": 1.0}]
         made.optimizers = [AdamW(groups, fused=False)]
@@ -358,7 +352,7 @@ def check_a_bad_step_of_one_rank(data):
     """Under torchrun: one rank's loss is NaN, and no rank's weights or moments change."""
     modes = [(mode, how) for mode in ("ddp", "zero1", "fsdp") for how in ("adamw", "muon")]
     for mode, optimizer in modes:
-        made = tt.trainer(data, "nowhere", **FEW, parallel=mode, optimizer=optimizer)
+        made = runs.trainer(data, "nowhere", **FEW, parallel=mode, optimizer=optimizer)
 
         def whole(made=made):
             weights, moments = parallel.whole_state(made.model, made.optimizers, made.ranks)
@@ -382,10 +376,10 @@ def test_a_bad_step_of_one_rank_is_skipped_by_all(data):
 
 
 def test_bad_steps_are_logged_as_skipped_and_five_in_a_row_end_the_run(data, tmp_path):
-    made = tt.trainer(data, tmp_path, **FEW, max_steps=20)
+    made = runs.trainer(data, tmp_path, **FEW, max_steps=20)
     poison(made, {2, *range(5, 20)}, "loss")
     with pytest.raises(ValueError, match="5 steps in a row") as error:
-        tt.t.train(made)
+        train_gpt2.train(made)
     assert "--lr" in str(error.value) and "\n" not in str(error.value)
     lines = [line for line in strict_log(tmp_path) if "train_loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 11))
@@ -394,23 +388,23 @@ def test_bad_steps_are_logged_as_skipped_and_five_in_a_row_end_the_run(data, tmp
     assert all(line["train_loss"] is None and line["grad_norm"] is None for line in skipped)
     named = str(error.value).split(" is whole")[0].split()[-1]
     assert checkpoints.find_damage(Path(named)) is None
-    assert all(w.isfinite().all() for w in tt.weights(tmp_path).values())
+    assert all(w.isfinite().all() for w in runs.weights(tmp_path).values())
 
 
 def test_spikes_have_the_z_score_of_the_losses_before(tmp_path):
     rng = np.random.default_rng(0)
     losses = (3 + 0.1 * rng.standard_normal(100)).tolist()
     mean, sd = np.mean(losses), np.std(losses, ddof=1)
-    assert log_file.spike(mean + 4.9 * sd, losses) is None
-    assert log_file.spike(mean + 6 * sd, losses) == pytest.approx(6)
-    assert log_file.spike(mean - 60 * sd, losses) is None
-    assert log_file.spike(99.0, losses[:19]) is None
-    assert log_file.spike(math.nan, losses) is None
-    assert statistics.stdev([3.0] * 50) == 0 and log_file.spike(9.0, [3.0] * 50) is None
+    assert spike(mean + 4.9 * sd, losses) is None
+    assert spike(mean + 6 * sd, losses) == pytest.approx(6)
+    assert spike(mean - 60 * sd, losses) is None
+    assert spike(99.0, losses[:19]) is None
+    assert spike(math.nan, losses) is None
+    assert statistics.stdev([3.0] * 50) == 0 and spike(9.0, [3.0] * 50) is None
 
 
 def test_a_run_from_before_a_switch_existed_had_it_off(copy, data):
-    made = tt.trainer(data, copy, **FEW)
+    made = runs.trainer(data, copy, **FEW)
     saved = json.loads((copy / "step_000006" / "config.json").read_text())
     now = asdict(made.model_config)
     del saved["model"]["qk_norm"]
@@ -420,8 +414,8 @@ def test_a_run_from_before_a_switch_existed_had_it_off(copy, data):
 
 
 def test_the_losses_before_outlive_a_resume(copy):
-    log = log_file.Log(copy, 4, active=True)
-    assert list(log.losses) == tt.column(copy, "train_loss") and len(log.losses) == 4
+    log = Log(copy, 4, active=True)
+    assert list(log.losses) == runs.column(copy, "train_loss") and len(log.losses) == 4
 
 
 # ----------------------------------------------------------------------------- memory
@@ -436,7 +430,7 @@ def limit_memory(made, most):
 
 
 def test_out_of_memory_lowers_a_micro_batch_of_its_own_choice(whole, data, tmp_path, capsys):
-    made = tt.trainer(data, tmp_path, **FEW)
+    made = runs.trainer(data, tmp_path, **FEW)
     assert made.micro_batch == 8
     limit_memory(made, 3)
     made.step(0)
@@ -444,20 +438,20 @@ def test_out_of_memory_lowers_a_micro_batch_of_its_own_choice(whole, data, tmp_p
     out = capsys.readouterr().out
     assert "8 -> 4" in out and "4 -> 2" in out
     losses = [made.step(step)[0].item() for step in range(1, 6)]
-    assert losses == pytest.approx(tt.column(whole, "train_loss")[1:], abs=1e-5)
+    assert losses == pytest.approx(runs.column(whole, "train_loss")[1:], abs=1e-5)
 
 
 def run_out_of_memory(flags):
     """Under torchrun, as one of its ranks: the last rank's memory holds 3 sequences."""
 
-    class Limited(tt.t.Trainer):
+    class Limited(train_gpt2.Trainer):
         def __init__(self, *configs):
             super().__init__(*configs)
             if self.ranks.rank == 1:
                 limit_memory(self, 3)
 
-    tt.t.Trainer, sys.argv = Limited, ["train_gpt2.py", *flags]
-    cli.run(tt.t.main)
+    train_gpt2.Trainer, sys.argv = Limited, ["train_gpt2.py", *flags]
+    cli.run(train_gpt2.main)
 
 
 @pytest.mark.parametrize("restarts, eval_every", [(0, 0), (1, 3)])  # in a step, in validation
@@ -466,7 +460,7 @@ def test_out_of_memory_on_one_of_two_ranks_goes_on_with_less(
 ):
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     line += [f"--max-restarts={restarts}", __file__]
-    line += tt.arguments(data, tmp_path, **FEW | {"eval_every": eval_every})
+    line += runs.arguments(data, tmp_path, **FEW | {"eval_every": eval_every})
 
     def start():
         # torchrun's own store still has the addresses of the workers before a restart
@@ -480,13 +474,13 @@ def test_out_of_memory_on_one_of_two_ranks_goes_on_with_less(
         done = start()
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 sequences x 16 x 2 micro-steps x 2 ranks" in done.stdout
-    ours, theirs = tt.column(tmp_path, "train_loss"), tt.column(whole, "train_loss")
+    ours, theirs = runs.column(tmp_path, "train_loss"), runs.column(whole, "train_loss")
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 @pytest.mark.parametrize("size, words", [(8, "try --micro_batch 4"), (1, "lower --block_size")])
 def test_out_of_memory_with_a_given_micro_batch_says_what_to_try(data, tmp_path, size, words):
-    made = tt.trainer(data, tmp_path, **FEW, micro_batch=size)
+    made = runs.trainer(data, tmp_path, **FEW, micro_batch=size)
     limit_memory(made, 0)
     with pytest.raises(ValueError, match=words):
         made.step(0)

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -19,47 +18,39 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiny_runs import (
+    FLAGS,
+    MODEL,
+    TRAIN,
+    arguments,
+    column,
+    command,
+    equal_weights,
+    log,
+    make_data,
+    refusal,
+    results,
+    save_bin,
+    save_npy,
+    snapshot,
+    torchrun,
+    train,
+    trainer,
+    weights,
+)
 
 import train_gpt2 as t
 from model import GPT, GPTConfig
 from nanoswitch import checkpoints, cli, optimizers, progress
-from nanoswitch import log as log_file
-from nanoswitch import shards as shards_file
-from nanoswitch import windows as windows_file
+from nanoswitch.log import Log
+from nanoswitch.shards import load_shards
+from nanoswitch.windows import Windows, shuffled
 
 ROOT = Path(__file__).parent.parent
 EOT = 50256
-MODEL = dict(block_size=16, n_layer=2, n_head=2, n_embd=16)
-TRAIN = dict(
-    device="cpu", dtype="float32", compile="false", total_batch_tokens=128, max_steps=6, lr=3e-3,
-    warmup_steps=3, grad_clip=0.7, eval_every=2, val_tokens=100, sample_every=3, checkpoint_every=2,
-    curve=False,
-)  # fmt: skip
-FLAGS = MODEL | TRAIN
 
 
-# ----------------------------------------------------------------------------- helpers
-
-
-def save_npy(path, tokens):
-    np.save(path, np.asarray(tokens, dtype=np.uint16))
-
-
-def save_bin(path, tokens):
-    """llm.c's format: 256 int32, the first three magic, version and length, then uint16."""
-    header = struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253)
-    Path(path).write_bytes(header + np.asarray(tokens, dtype="<u2").tobytes())
-
-
-def make_data(folder, train=1450, val=200, seed=0):
-    """A folder of shards, two train ones of both formats -> its train and val tokens."""
-    folder.mkdir()
-    rng = np.random.default_rng(seed)
-    train, val = rng.integers(0, 50257, train), rng.integers(0, 50257, val)
-    save_npy(folder / "x_val_000000.npy", val)
-    save_npy(folder / "x_train_000001.npy", train[: len(train) // 2])
-    save_bin(folder / "x_train_000002.bin", train[len(train) // 2 :])
-    return train, val
+# ----------------------------------------------------------------------------- data and runs
 
 
 @pytest.fixture(scope="module")
@@ -75,79 +66,6 @@ def tokens(shared):
 @pytest.fixture(scope="module")
 def data(shared, tokens):
     return shared / "data"
-
-
-def configs(data, run, **changes):
-    flags = FLAGS | {"data_dir": str(data), "run_dir": str(run)} | changes
-    fields = GPTConfig.__dataclass_fields__
-    model = GPTConfig(**{k: v for k, v in flags.items() if k in fields})
-    return model, t.TrainConfig(**{k: v for k, v in flags.items() if k not in fields})
-
-
-def trainer(data, run, **changes):
-    return t.Trainer(*configs(data, run, **changes))
-
-
-def train(data, run, **changes):
-    made = trainer(data, run, **changes)
-    t.train(made)
-    return made
-
-
-def arguments(data, run, **changes):
-    flags = FLAGS | {"data_dir": data, "run_dir": run} | changes
-    return [f"--{name}={value}" for name, value in flags.items()]
-
-
-def command(*args, **changes):
-    return [sys.executable, str(ROOT / "train_gpt2.py"), *arguments(*args, **changes)]
-
-
-def torchrun(ranks, *args, **changes):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    line = [sys.executable, *launch, *command(*args, **changes)[1:]]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-def log(run, *keys):
-    """The lines of log.jsonl that have all of these keys."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if all(key in line for key in keys)]
-
-
-def column(run, key):
-    return [line[key] for line in log(run, key)]
-
-
-def results(run):
-    """What must not depend on kills and layout: all but event lines, without the clock's."""
-    lines = [line for line in log(run) if "event" not in line]
-    clock = ("tok_per_s", "peak_memory_bytes")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
-
-
-def weights(run):
-    return load_file(run / (run / "latest").read_text().strip() / "model.safetensors")
-
-
-def equal_weights(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def snapshot(folder):
-    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
-
-
-def refused(capsys, monkeypatch, *args):
-    """Run the script's main in this process; it must end in one line, which is returned."""
-    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *args])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.run(t.main)
-    err = capsys.readouterr().err
-    assert stop.value.code in (1, 2) and err.count("\n") == 1 and err.startswith("error: "), err
-    return err
 
 
 @pytest.fixture(scope="module")
@@ -169,19 +87,17 @@ def dropped(shared, data):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000, 4097])
 def test_shuffled_is_a_permutation_and_a_pure_function(n):
-    everything = windows_file.shuffled(np.arange(n), n, (1, 0))
+    everything = shuffled(np.arange(n), n, (1, 0))
     assert sorted(everything.tolist()) == list(range(n))
     some = np.random.default_rng(0).integers(0, n, 20)
-    assert [windows_file.shuffled(np.array([i]), n, (1, 0))[0] for i in some] == everything[
-        some
-    ].tolist()
+    assert [shuffled(np.array([i]), n, (1, 0))[0] for i in some] == everything[some].tolist()
 
 
 @pytest.mark.parametrize("n", [64, 1000, 4097])
 def test_shuffled_differs_by_seed_and_from_the_identity(n):
     a, b = (
-        windows_file.shuffled(np.arange(n), n, (1, 0)),
-        windows_file.shuffled(np.arange(n), n, (2, 0)),
+        shuffled(np.arange(n), n, (1, 0)),
+        shuffled(np.arange(n), n, (2, 0)),
     )
     # of two random permutations, one place on average is equal; ten are beyond any luck
     assert (a == b).sum() < 10 and (a == np.arange(n)).sum() < 10
@@ -194,7 +110,7 @@ def test_shuffled_sends_each_index_everywhere_equally_often():
     n, seeds = 7, 1400
     count = np.zeros((n, n))
     for seed in range(seeds):
-        count[np.arange(n), windows_file.shuffled(np.arange(n), n, (seed, 0))] += 1
+        count[np.arange(n), shuffled(np.arange(n), n, (seed, 0))] += 1
     sigma = math.sqrt(seeds / n * (1 - 1 / n))
     assert np.abs(count - seeds / n).max() < 5 * sigma
 
@@ -203,9 +119,7 @@ def test_shuffled_sends_neighbours_any_distance_apart():
     n, seeds = 64, 300
     count = np.zeros(n)
     for seed in range(seeds):
-        count += np.bincount(
-            np.diff(windows_file.shuffled(np.arange(n), n, (seed, 0))) % n, minlength=n
-        )
+        count += np.bincount(np.diff(shuffled(np.arange(n), n, (seed, 0))) % n, minlength=n)
     assert ((count[1:] - seeds) ** 2 / seeds).sum() / (n - 1) < 2  # chi-squared per degree
 
 
@@ -216,7 +130,7 @@ def test_windows_equal_the_concatenation_cut_by_hand(tmp_path):
         save, suffix = [(save_npy, "npy"), (save_bin, "bin")][i % 2]
         save(tmp_path / f"train_{i:06d}.{suffix}", stream[a:b])
     for T in (1, 8, 50, 100):
-        windows = windows_file.Windows(shards_file.load_shards(tmp_path, "train"), T)
+        windows = Windows(load_shards(tmp_path, "train"), T)
         assert windows.tokens == 101 and windows.count == 100 // T
         x, y = windows.read(np.arange(windows.count)[::-1])
         for row, w in enumerate(reversed(range(windows.count))):
@@ -226,7 +140,7 @@ def test_windows_equal_the_concatenation_cut_by_hand(tmp_path):
 
 @pytest.mark.parametrize("size", [4, 7, 25])  # 25: a batch of more than one epoch
 def test_an_epoch_covers_every_window_once_and_the_next_in_another_order(size):
-    windows = windows_file.Windows([np.zeros(10 * 3 + 1)], 3)
+    windows = Windows([np.zeros(10 * 3 + 1)], 3)
     order = np.concatenate([windows.batch(step, size, seed=5) for step in range(100 // size)])
     epochs = order[: len(order) // 10 * 10].reshape(-1, 10).tolist()
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -296,7 +210,7 @@ def test_a_run_equals_a_loop_written_out(plain, tokens):
         {"params": [p for n, p in named.items() if n not in matrices], "weight_decay": 0},
     ]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
-    order = windows_file.Windows([tokens[0]], 16)
+    order = Windows([tokens[0]], 16)
     losses, norms = [], []
     for step in range(6):
         loss = naive_loss(model, *cut(tokens[0], order.batch(step, 8, 1337)))
@@ -496,7 +410,7 @@ def test_progress_fits_80_columns_and_a_log_file(data, tmp_path, monkeypatch, ca
     """With the numbers of a day on eight cards, and with a card that is not known."""
     made = trainer(data, tmp_path / "run", max_steps=19073)
     for speed, peak in ((1.2345e6, 1e15), (12.3e3, None)):
-        log = log_file.Log(tmp_path / f"{speed}", 0, False)
+        log = Log(tmp_path / f"{speed}", 0, False)
         log.say = print
         meter = progress.Meter(made, log, 12344)
         made.config.total_batch_tokens, meter.peak, meter.average = 524288, peak, 60.0
@@ -581,7 +495,7 @@ def test_resuming_another_run_is_refused(
         make_data(tmp_path / "other", train=1400)
         value = tmp_path / "other"
     before = snapshot(plain)
-    err = refused(capsys, monkeypatch, *arguments(data, plain, max_steps=9, **{name: value}))
+    err = refusal(capsys, monkeypatch, *arguments(data, plain, max_steps=9, **{name: value}))
     assert str(plain) in err and ("data_tokens" if name == "data_dir" else name) in err
     assert snapshot(plain) == before
 
@@ -700,7 +614,7 @@ class FakeShard:
     ],
 )
 def test_one_epoch_is_derived_from_the_shards(tmp_path, monkeypatch, shards, T, batch, steps):
-    monkeypatch.setattr(windows_file, "load_shards", lambda *_: [FakeShard(n) for n in shards])
+    monkeypatch.setattr("nanoswitch.windows.load_shards", lambda *_: [FakeShard(n) for n in shards])
     flags = dict(block_size=T, total_batch_tokens=batch, max_steps=0, n_layer=1)
     assert trainer(tmp_path, tmp_path, **flags).max_steps == steps
 

@@ -6,10 +6,10 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import test_train as tt
+import tiny_runs as runs
 
 import train_gpt2 as t
-from nanoswitch import log as log_file
+from nanoswitch.log import Log
 
 FEW = dict(
     n_layer=1, n_embd=8, max_steps=4, eval_every=2, val_tokens=32, sample_every=0,
@@ -18,17 +18,10 @@ FEW = dict(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wandb") / "data"
-    tt.make_data(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def plain(data):
     """The run without wandb, which did not even import it."""
     known = "wandb" in sys.modules
-    tt.train(data, data.parent / "plain", **FEW)
+    runs.train(data, data.parent / "plain", **FEW)
     assert known or "wandb" not in sys.modules
     return data.parent / "plain"
 
@@ -76,7 +69,7 @@ def test_wandb_gets_the_whole_log_and_a_continued_run_stays_one(
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     run = tmp_path / "mine"
     for steps in (2, 4):
-        tt.train(data, run, **FEW | dict(max_steps=steps, sample_every=4), wandb=True)
+        runs.train(data, run, **FEW | dict(max_steps=steps, sample_every=4), wandb=True)
     package.teardown()  # its process may still be writing
     parts = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
     assert len(parts) == 2
@@ -101,7 +94,7 @@ def test_wandb_gets_the_whole_log_and_a_continued_run_stays_one(
                 assert (name, step) not in got
                 got[name, step] = entry[name]
     expected = {("checkpoint", 2): "step_000002", ("checkpoint", 4): "step_000004"}
-    for line in tt.log(run):
+    for line in runs.log(run):
         if "samples" in line:
             assert texts.pop(line["step"]) == line["samples"]
         elif "event" not in line:
@@ -144,10 +137,10 @@ def test_a_run_survives_whatever_fails_in_wandb(data, plain, tmp_path, monkeypat
     package = Fails(where)
     monkeypatch.setitem(sys.modules, "wandb", package)
     monkeypatch.setenv("WANDB_API_KEY", "SECRET")
-    tt.train(data, tmp_path / "run", **FEW, wandb=True)
+    runs.train(data, tmp_path / "run", **FEW, wandb=True)
     assert package.calls.count(where) == 1 and package.calls[-1] == where  # left alone after it
     assert results(tmp_path / "run") == results(plain)
-    assert tt.equal_weights(tt.weights(tmp_path / "run"), tt.weights(plain))
+    assert runs.equal_weights(runs.weights(tmp_path / "run"), runs.weights(plain))
     out, err = capsys.readouterr()
     [warning] = [line for line in (out + err).splitlines() if "warning" in line]
     assert warning.startswith("warning: wandb failed (ConnectionError: key *** refused)")
@@ -158,18 +151,18 @@ def test_a_missing_package_is_named_before_anything_is_done(
     data, plain, tmp_path, monkeypatch, capsys
 ):  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", None)
-    before = tt.snapshot(plain)
-    arguments = tt.arguments(data, plain, **FEW | dict(max_steps=8), wandb="true")
-    err = tt.refused(capsys, monkeypatch, *arguments)
+    before = runs.snapshot(plain)
+    arguments = runs.arguments(data, plain, **FEW | dict(max_steps=8), wandb="true")
+    err = runs.refusal(capsys, monkeypatch, *arguments)
     assert "pip install wandb" in err
-    assert tt.snapshot(plain) == before
+    assert runs.snapshot(plain) == before
 
 
 def test_only_the_first_rank_talks_to_wandb(tmp_path, monkeypatch):
     package = Fails("never")
     monkeypatch.setitem(sys.modules, "wandb", package)
     for active in (False, True):
-        with log_file.Log(tmp_path, 0, active, wandb=True) as log:
+        with Log(tmp_path, 0, active, wandb=True) as log:
             log.write(event="start", step=0, config={"lr": 1})
             log.write(step=1, train_loss=2.0)
         assert package.calls == (["init", "config", "log", "finish"] if active else [])

@@ -1,0 +1,27 @@
+"""Fixtures of several test files. What they build is in builders.py and tiny_runs.py, which are
+imported late here: not every test file needs torch."""
+
+import pytest
+
+pytest.register_assert_rewrite("builders", "tiny_runs")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small are slower on many threads than on one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of shards, which stands in a folder of the test file's own."""
+    from tiny_runs import make_data
+
+    folder = tmp_path_factory.mktemp("runs") / "data"
+    make_data(folder)
+    return folder

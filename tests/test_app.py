@@ -6,7 +6,6 @@ in headless Chromium:
 The browser's tests are skipped, with the reason, where one of these is missing.
 """
 
-import json
 import math
 import os
 import re
@@ -15,18 +14,17 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow
 import pytest
 import torch
-from safetensors.torch import save_file
+from builders import GPT2_VOCABULARY, grown, rig, tiny, write_jsonl, write_step
 
 import app
 import sample
-from model import ATTENTIONS, GPT, POSITIONS, GPTConfig
+from model import ATTENTIONS, POSITIONS
 from nanoswitch.kernels import KERNELS
 from nanoswitch.tokenizer import get_tokenizer
 
@@ -44,27 +42,20 @@ MISSING = [
 needs_streamlit = pytest.mark.skipif(app.st is None, reason=f"needs {PIN}: requirements-app.txt")
 
 
-def tiny(**changes):
-    torch.manual_seed(0)
-    small = dict(block_size=48, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
-    return GPT(GPTConfig(**small | changes)).eval()
+def writer(**changes):
+    """A small model of GPT-2's vocabulary."""
+    return grown(tiny(**dict(block_size=48, n_head=2, n_embd=32) | GPT2_VOCABULARY | changes))
 
 
 def save_run(folder, model, log=True):
     """A finished run folder, as train_gpt2.py leaves it."""
-    step = folder / "step_000004"
-    step.mkdir(parents=True)
-    weights = model.state_dict()
-    if model.config.tie_embeddings:
-        del weights["lm_head.weight"]
-    save_file(weights, step / "model.safetensors")
-    (step / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
+    step = write_step(folder / "step_000004", model)
     (folder / "latest").write_text(step.name)
     start = {"event": "start", "parameters": 1, "config": {"total_batch_tokens": 1000}}
     entries = [start, {"step": 0, "val_loss": 10.8}, {"step": 4, "val_loss": 8.125}]
     entries += [{"step": 2, "hellaswag_acc_norm": 0.25}, {"step": 4, "hellaswag_acc_norm": 0.2625}]
     if log:
-        (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+        write_jsonl(folder / "log.jsonl", entries)
     return folder
 
 
@@ -84,10 +75,9 @@ ARCHITECTURES = (
 def test_attention_weights_are_those_that_made_the_heads_outputs(changes):
     """A head's output is y = W v. With fewer tokens than channels in a head, v has a right
     inverse, so y and v alone tell what W was."""
-    model, seen, hooks = tiny(n_embd=64, vocab_size=128, vocab_used=100, **changes), [], []
+    model, seen, hooks = writer(n_embd=64, vocab_size=128, vocab_used=100, **changes), [], []
     ids = [5, 9, 99, 3, 4, 7, 98, 1, 2, 6]  # 10 tokens, 32 channels; 99 ends a text
     for block in model.transformer.h:
-        block.attn.c_attn.weight.data *= 10  # else all weights are almost equal
         hooks += [block.attn.c_attn.register_forward_hook(lambda m, x, y: seen.append(y))]
         hooks += [block.attn.c_proj.register_forward_hook(lambda m, x, y: seen.append(x[0]))]
     with torch.no_grad():
@@ -110,7 +100,7 @@ def test_attention_weights_are_those_that_made_the_heads_outputs(changes):
 
 
 def test_attention_of_more_tokens_than_a_head_has_channels():
-    model, ids = tiny(n_embd=8), list(range(37))
+    model, ids = writer(n_embd=8), list(range(37))
     with torch.no_grad():
         first, whole = app.attention(model, ids[:4]), app.attention(model, ids)
     for few, many in zip(first, whole, strict=True):
@@ -121,16 +111,12 @@ def test_attention_of_more_tokens_than_a_head_has_channels():
 
 def test_the_table_holds_the_models_probabilities():
     """Constant logits, so that they are known: a 1/2, b 3/10, newline 1/5."""
-    model = tiny(block_size=128, tie_embeddings=False)
+    model = writer(block_size=128, tie_embeddings=False)
     known = {"a": 0.5, "·b": 0.3, "↵": 0.2}
     ids = [get_tokenizer().encode_ordinary(text)[0] for text in ("a", " b", "\n")]
+    rig(model, {token: math.log(p) for token, p in zip(ids, known.values(), strict=True)})
     with torch.no_grad():
-        model.transformer.ln_f.weight.zero_()
-        model.transformer.ln_f.bias.zero_()[0] = 1  # the head reads (1, 0, 0, ...)
-        model.lm_head.weight[:, 0] = -1e4
         model.lm_head.weight[model.config.vocab_used :, 0] = 1e4  # padding, which is never drawn
-        for token, p in zip(ids, known.values(), strict=True):
-            model.lm_head.weight[token, 0] = math.log(p)
         rows = app.probabilities(model, get_tokenizer(), [7, 8], ids * 30)
     assert [row["drawn"] for row in rows] == list(known) * 30
     for row in rows:
@@ -152,7 +138,7 @@ class Box:
 
 def written(tmp_path, prompt="Hello <b>*you*</b>", **changes):
     """A tiny model's reply, written without a page -> the reply, what was shown, the model."""
-    run, box, slot = save_run(tmp_path / "run", tiny(**changes)), Box(), app.Slot()
+    run, box, slot = save_run(tmp_path / "run", writer(**changes)), Box(), app.Slot()
     reply = app.Reply(prompt)
     config = sample.SampleConfig(str(run), prompt=prompt, max_new_tokens=20, device="cpu")
     app.write(reply, slot, config, box)
@@ -179,7 +165,7 @@ def test_a_prompt_beyond_the_context_is_one_line_and_the_slot_goes_on(tmp_path):
 
 
 def test_a_run_that_went_on_is_read_again(tmp_path):
-    run, slot = save_run(tmp_path / "run", tiny()), app.Slot()
+    run, slot = save_run(tmp_path / "run", writer()), app.Slot()
     first, _ = slot.load(str(run), "cpu")
     assert slot.load(str(run), "cpu")[0] is first
     (run / "step_000004").rename(run / "step_000008")
@@ -205,11 +191,13 @@ def runs(tmp_path_factory):
     """Two whole runs, a Hugging Face folder's name without weights, and a run with a bad log."""
     folder = tmp_path_factory.mktemp("runs")
     wide = dict(n_embd=64, n_head=4, block_size=256)
-    save_run(folder / "gpt2", tiny(**wide))
-    save_run(folder / "llama", tiny(**wide, pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2))
-    save_run(folder / "badlog", tiny())
+    save_run(folder / "gpt2", writer(**wide))
+    save_run(
+        folder / "llama", writer(**wide, pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=2)
+    )
+    save_run(folder / "badlog", writer())
     (folder / "badlog" / "log.jsonl").write_text("not json\n")
-    save_run(folder / "hollow", tiny(), log=False)
+    save_run(folder / "hollow", writer(), log=False)
     (folder / "hollow" / "step_000004" / "model.safetensors").unlink()
     for age, name in enumerate(("gpt2", "llama", "badlog", "hollow")):  # the list's order
         os.utime(folder / name / "latest", (time.time() - age - 9,) * 2)
@@ -347,7 +335,7 @@ for name in page.multiselect[0].options:
 @needs_streamlit
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_memory_stays_bounded_over_ten_models_of_100_megabytes(tmp_path):
-    first = save_run(tmp_path / "runs" / "0", tiny(n_embd=256, tie_embeddings=False))
+    first = save_run(tmp_path / "runs" / "0", writer(n_embd=256, tie_embeddings=False))
     weights = first / "step_000004" / "model.safetensors"
     assert weights.stat().st_size > 100 * 2**20
     for i in range(1, 10):

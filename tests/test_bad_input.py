@@ -10,6 +10,7 @@ import ast
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -19,12 +20,12 @@ import shutil
 import struct
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from builders import run_main, write_step
 from hub_server import point_client_at, serve
 from safetensors.torch import load_file, save_file
 
@@ -36,9 +37,9 @@ import sample
 import train_gpt2
 from model import GPT, GPTConfig
 from nanoswitch import cli, export, hf, switches
-from nanoswitch import shards as shards_file
-from nanoswitch import windows as windows_file
 from nanoswitch.hub import check_hash
+from nanoswitch.shards import MANIFEST
+from nanoswitch.windows import open_windows
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -84,11 +85,7 @@ def llmc(path, ids=(1, 2, 3), magic=20240520, version=1, length=None):
 def step_folder(path, **fields):
     """A checkpoint with GPT-2's vocabulary; fields change its architecture."""
     small = dict(n_layer=1, n_head=1, n_embd=4, block_size=16) | fields
-    model = GPT(GPTConfig(**small))
-    os.makedirs(path)
-    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    save_file(weights, f"{path}/model.safetensors")
-    Path(path, "config.json").write_text(json.dumps({"model": asdict(model.config)}))
+    write_step(Path(path), GPT(GPTConfig(**small)))
 
 
 @pytest.fixture(scope="session")
@@ -131,18 +128,12 @@ def here(whole, tmp_path, monkeypatch):
 
 def run(line):
     """Call a script's main with a command line -> status, stderr without progress bars."""
-    import io
-
     script, *argv = shlex.split(line)
-    before, sys.argv = sys.argv, [f"{script}.py", *argv]
-    err, status = io.StringIO(), 0
-    try:
-        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-            cli.run(SCRIPTS[script].main)
-    except SystemExit as stop:
-        status = stop.code or 0
-    finally:
-        sys.argv = before
+    with (
+        contextlib.redirect_stderr(io.StringIO()) as err,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        status = run_main(SCRIPTS[script].main, *argv)
     bar = re.compile(r"[^\r\n]*(tok/s|row/s|\?tok|it/s)[^\r\n]*\]")
     return status, "\n".join(x for x in bar.sub("", err.getvalue()).splitlines() if x.strip())
 
@@ -446,10 +437,10 @@ CASES = {
         (TRAIN, lambda: shard(NPY, [7] * 99 + [60000]), [NPY, "id 60000 at 99"]),
         (TRAIN, lambda: shard("data/x_val_000000.npy", [50257] * 99), ["x_val_000000", "50257"]),
         (TRAIN, both(
-            write("data/manifest.json", json.dumps(shards_file.MANIFEST)),
+            write("data/manifest.json", json.dumps(MANIFEST)),
             edit("data/manifest.json", tokenizer={"name": "llama"})), ["data", "llama", "gpt2"]),
         (TRAIN, both(
-            write("data/manifest.json", json.dumps(shards_file.MANIFEST)),
+            write("data/manifest.json", json.dumps(MANIFEST)),
             edit("data/manifest.json", settings={"vocab_size": 9})), ["data", "vocab_size 9"]),
         (INFO, lambda: shard(NPY, [7, 60000]), [NPY, "id 60000 at 1"]),
         (INFO, cut(NPY, 300), [NPY, "is truncated"]),
@@ -686,7 +677,7 @@ def test_an_id_beyond_the_vocabulary_is_found_where_it_is_read(here):
     """The first 65,536 of every shard are checked at the start, the rest as it is read."""
     shard(NPY, [7] * 70000 + [60000] + [7] * 99)
     config = train_gpt2.TrainConfig(data_dir="data")
-    windows = windows_file.open_windows(config.data_dir, "train", GPTConfig(block_size=16))
+    windows = open_windows(config.data_dir, "train", GPTConfig(block_size=16))
     windows.read([0, 4373])
     with pytest.raises(ValueError, match=rf"{NPY} holds id 60000 at 70000"):
         windows.read([0, 4374])

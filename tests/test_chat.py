@@ -1,19 +1,17 @@
 """sample.py --chat as its user meets it: a process at a terminal (a pty), typed at and read."""
 
 import importlib.util
-import json
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from builders import write_step
 
 import sample as s
 from model import GPT, GPTConfig
@@ -26,10 +24,7 @@ ROOT = Path(__file__).parent.parent
 def make(folder, **fields):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**dict(n_layer=1, n_head=1, n_embd=4, block_size=64) | fields)).eval()
-    folder.mkdir()
-    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
+    write_step(folder, model)
     return model
 
 

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from builders import run_main, write_jsonl
 
 import compare
 from model import GPT, GPTConfig
-from nanoswitch import cli
-from nanoswitch import log as log_file
 from nanoswitch.counts import flops_per_token
+from nanoswitch.log import read_run
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16}
@@ -40,7 +40,7 @@ def write_run(folder, losses, seed=1, speeds=(), steps=3, event="start", **chang
             for step, loss in losses.items()
         ),
     ]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(folder / "log.jsonl", lines)
     return folder
 
 
@@ -54,15 +54,9 @@ def groups_of(tmp_path, **losses):
 
 def command(*argv, fails=False):
     """Run compare.py's main in this process -> what it printed."""
-    out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.argv
-    try:
-        sys.argv = ["compare.py", *map(str, argv)]
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.run(compare.main)
-    except SystemExit as stop:
-        status = stop.code or 0
-    finally:
-        sys.argv = before
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = run_main(compare.main, *argv)
     assert bool(status) == fails, err.getvalue()
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
@@ -157,17 +151,17 @@ def test_a_log_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path)
     run = write_run(tmp_path / "a", {0: 10.0})
     with open(run / "log.jsonl", "a") as file:
         file.write('{"step": 3, "val_l')
-    found = log_file.read_run(run)
+    found = read_run(run)
     assert found.curve("val_loss") == ([0], [10.0]) and not found.finished
     (run / "log.jsonl").write_text("")
-    assert log_file.read_run(run) is None
+    assert read_run(run) is None
 
 
 def test_a_skipped_step_has_no_loss(tmp_path):
     run = write_run(tmp_path / "a", {3: 5.0})
     with open(run / "log.jsonl", "a") as file:
         file.write('{"step": 4, "train_loss": null, "tok_per_s": 3.0}\n')
-    assert log_file.read_run(run).curve("train_loss") == ([], [])
+    assert read_run(run).curve("train_loss") == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -274,7 +268,7 @@ def test_a_sweep_trains_every_config_with_every_seed(sweep):
     ]  # fmt: skip
     found = json.loads((folder / "out" / "results.json").read_text())["configs"]
     for name in ("gpt2", "rope_gqa"):
-        runs = [log_file.read_run(logs[f"{name}/seed_{seed}"].parent) for seed in (1337, 1338)]
+        runs = [read_run(logs[f"{name}/seed_{seed}"].parent) for seed in (1337, 1338)]
         losses = [run.values["val_loss"][6] for run in runs]
         assert found[name]["val_loss"]["seeds"] == losses and losses[0] != losses[1]
         for run in runs:  # every step once, in spite of the kill
@@ -296,9 +290,7 @@ def test_its_runs_see_the_same_tokens_and_start_alike(sweep):
     (folder / "math.toml").write_text('attention_kernel = "math"\n')
     argv = [folder / "gpt2.toml", folder / "math.toml", *argv[2:]]
     command(*argv, "--seeds", 1, "--out", folder / "out", "--match", "none")
-    runs = [
-        log_file.read_run(folder / "out/runs" / name / "seed_1337") for name in ("gpt2", "math")
-    ]
+    runs = [read_run(folder / "out/runs" / name / "seed_1337") for name in ("gpt2", "math")]
     assert len({run.start["data_sha256"] for run in runs}) == 1
     ours, other = (run.curve("train_loss") for run in runs)
     assert ours[0] == other[0] and ours[1] == pytest.approx(other[1], abs=1e-5)
@@ -357,7 +349,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, tmp_path):
     (tmp_path / "wide.toml").write_text("micro_batch = 3\n")  # does not divide the batch
     done = command(tmp_path / "wide.toml", *argv, fails=True)
     assert "wide/seed_1337" in done.stderr and "micro_batch 3" in done.stderr
-    assert log_file.read_run(tmp_path / "out/runs/rope_gqa/seed_1337").finished
+    assert read_run(tmp_path / "out/runs/rope_gqa/seed_1337").finished
     # nothing stands in for the first, with which all are compared
     assert "wide has no finished run yet" in done.stderr
     assert not (tmp_path / "out/results.json").exists()

@@ -19,13 +19,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import write_texts
 from hub_server import point_client_at, serve
 
 import fineweb
 from nanoswitch import pydocs, readers
-from nanoswitch import shards as shards_file
-from nanoswitch import tokenizer as tokenizer_file
 from nanoswitch.hub import hub_download
+from nanoswitch.shards import load_shards, shard_split, write_shard
+from nanoswitch.tokenizer import (
+    PROVEN,
+    encode,
+    encode_texts,
+    get_gigatoken,
+    gpt2_json,
+    gpt2_ranks,
+    has_new_letters,
+    utf8,
+)
 
 ROOT = Path(__file__).parent.parent
 WORDS = [
@@ -100,11 +110,6 @@ def flat(lists):
     return [item for part in lists for item in part]
 
 
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
-    return path
-
-
 def write_parquet(path, texts, rows=None):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -157,7 +162,7 @@ def tree_bytes(folder):
 
 
 def test_ids_equal_encode_ordinary_on_nasty_texts(tmp_path, reference):
-    source = write_jsonl(tmp_path / "nasty.jsonl", NASTY)
+    source = write_texts(tmp_path / "nasty.jsonl", NASTY)
     run("--source", source, "--out", tmp_path / "out", "--workers", 2, "--shard_tokens", 20_000)
     assert stream(tmp_path / "out") == expected_ids(NASTY, reference)
 
@@ -170,13 +175,11 @@ ATOMS = [*RARE_SPACES, "'", "s", "r", "ll", "'ve", "1", "!", "é", "’", "中",
 @pytest.fixture
 def fast(reference):
     """Asserts that gigatoken's ids are those of encode_ordinary, text by text."""
-    gigatoken = tokenizer_file.get_gigatoken()
+    gigatoken = get_gigatoken()
     assert gigatoken, "requirements.txt pins the version that fineweb.py takes"
 
     def check(texts):
-        found = tokenizer_file.encode_texts(
-            [tokenizer_file.utf8(text) for text in texts], gigatoken
-        )
+        found = encode_texts([utf8(text) for text in texts], gigatoken)
         for text, ids in zip(texts, found, strict=True):
             if ids.tolist() != reference.encode_ordinary(text):
                 raise AssertionError(f"{text!r}: {ids.tolist()}")
@@ -222,17 +225,15 @@ def test_gigatoken_splits_at_the_same_characters():
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    letters = {
-        i: text for text, i in tokenizer_file.gpt2_json(n_vocab=257)["model"]["vocab"].items()
-    }
-    ranks = {bytes: i for bytes, i in tokenizer_file.gpt2_ranks().items() if i < 256}
+    letters = {i: text for text, i in gpt2_json(n_vocab=257)["model"]["vocab"].items()}
+    ranks = {bytes: i for bytes, i in gpt2_ranks().items() if i < 256}
     ids, merges = {letters[i]: i for i in range(256)}, []
     for left, right in itertools.product((b"a", b"1", b"!", b" "), list(ranks)):
         if len(left + right) == 2 and right != b"\n":
             one, other = letters[ranks[left]], letters[ranks[right]]
             ids[one + other] = ranks[left + right] = len(ids)
             merges.append(f"{one} {other}")
-    whole = tokenizer_file.gpt2_json()
+    whole = gpt2_json()
     whole["model"] |= {"vocab": ids, "merges": merges}
     ours = gigatoken.Tokenizer.from_json(json.dumps(whole))
     theirs = tiktoken.Encoding(
@@ -242,7 +243,7 @@ def test_gigatoken_splits_at_the_same_characters():
     assert [len(ids) for ids in apart] == [2, 1]  # as GPT-2 splits, and merges
     codes = (code for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     for part in iter(lambda: "".join(map(chr, itertools.islice(codes, 1000))), ""):
-        kept = [c for c in part if not tokenizer_file.has_new_letters(c.encode())]
+        kept = [c for c in part if not has_new_letters(c.encode())]
         text = "".join(f"a{c}a\n1{c}1\n!{c}!\n {c} \n" for c in kept)
         if not np.array_equal(ours.encode(text), theirs.encode_to_numpy(text)):
             raise AssertionError(f"one of {kept[:1]} to {kept[-1:]} is split otherwise")
@@ -250,7 +251,7 @@ def test_gigatoken_splits_at_the_same_characters():
 
 def test_shards_are_the_same_with_every_tokenizer(tmp_path):
     new = ["\U000323f6\u6d51"]  # one letter to tiktoken, two to gigatoken, and merges between
-    source = write_jsonl(tmp_path / "a.jsonl", [*fuzzed(300, 1), *NASTY, *new])
+    source = write_texts(tmp_path / "a.jsonl", [*fuzzed(300, 1), *NASTY, *new])
     for name in ("tiktoken", "gigatoken", "auto"):
         flags = ["--tokenizer", name, "--shard_tokens", 999]
         run("--source", source, "--out", tmp_path / name, *flags)
@@ -259,22 +260,22 @@ def test_shards_are_the_same_with_every_tokenizer(tmp_path):
 
 
 def test_gigatoken_is_optional_and_of_one_version(tmp_path, monkeypatch):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(20))
+    source = write_texts(tmp_path / "a.jsonl", make_texts(20))
     others = [("gigatoken", "0.9.0"), ("gigatoken", None), ("tiktoken", "0.13.0")]
     for i, (package, version) in enumerate(others):
 
         def installed(name, package=package, version=version):
             if name == package and version is None:
                 raise importlib.metadata.PackageNotFoundError(name)
-            return version if name == package else tokenizer_file.PROVEN[name]
+            return version if name == package else PROVEN[name]
 
         monkeypatch.setattr(importlib.metadata, "version", installed)
-        tokenizer_file.get_gigatoken.cache_clear()
+        get_gigatoken.cache_clear()
         needed = r"pip install gigatoken==0\.10\.0 tiktoken==0\.14\.0"
         with pytest.raises(ValueError, match=needed):
             run("--source", source, "--out", tmp_path / "a", "--tokenizer", "gigatoken")
         run("--source", source, "--out", tmp_path / f"b{i}")
-    tokenizer_file.get_gigatoken.cache_clear()
+    get_gigatoken.cache_clear()
 
 
 @pytest.mark.parametrize("run_of", [" ", "\n", " \n", "\u3000 ", "\t\x85"])
@@ -288,8 +289,8 @@ def test_texts_that_stop_tiktoken(run_of, reference):
     expected = reference.encode_ordinary("before") + reference.encode_ordinary(spaces[:-1])
     expected += reference.encode_ordinary(spaces[-1] + "after") + reference.encode_ordinary(spaces)
     start = time.time()
-    for tokenizer in (None, tokenizer_file.get_gigatoken()):
-        (ids,) = tokenizer_file.encode_texts([text.encode()], tokenizer)
+    for tokenizer in (None, get_gigatoken()):
+        (ids,) = encode_texts([text.encode()], tokenizer)
         assert ids.tolist() == expected
     assert time.time() - start < 20
     assert reference.decode(expected) == text
@@ -303,10 +304,10 @@ def test_cutting_at_runs_of_space_changes_no_id(reference, monkeypatch):
                 raise ValueError("Regex error")
             return np.array(reference.encode_ordinary(text), dtype=np.uint32)
 
-    monkeypatch.setattr(tokenizer_file, "get_tokenizer", lambda vocab: Stops())
+    monkeypatch.setattr("nanoswitch.tokenizer.get_tokenizer", lambda vocab: Stops())
     for gap in (1001, 1002, 3000):
         for text in (f"a{' ' * gap}x b{' ' * gap}x", f"{' ' * gap}x{' ' * gap}x  y{' ' * gap}"):
-            assert tokenizer_file.encode(text.encode()).tolist() == reference.encode_ordinary(text)
+            assert encode(text.encode()).tolist() == reference.encode_ordinary(text)
 
 
 def test_a_long_txt_is_read_in_pieces_with_the_same_ids(tmp_path, reference, monkeypatch):
@@ -355,14 +356,14 @@ def test_shards_sizes_and_order(tmp_path, reference, fmt):
     assert [len(s) for _, s in found] == [300] + [1000] * (trains - 1) + [
         (len(ids) - 300) % 1000 or 1000
     ]
-    train = shards_file.load_shards(str(out), "train")
+    train = load_shards(str(out), "train")
     assert all(isinstance(s, np.memmap) and s.dtype == np.uint16 for s in train)
     assert np.concatenate(train).tolist() == ids[300:]
-    assert np.concatenate(shards_file.load_shards(str(out), "val")).tolist() == ids[:300]
+    assert np.concatenate(load_shards(str(out), "val")).tolist() == ids[:300]
 
 
 def test_npy_is_what_np_save_writes(tmp_path):
-    run("--source", write_jsonl(tmp_path / "a.jsonl", make_texts(20)), "--out", tmp_path / "out")
+    run("--source", write_texts(tmp_path / "a.jsonl", make_texts(20)), "--out", tmp_path / "out")
     path = tmp_path / "out/edufineweb_train_000001.npy"
     np.save(tmp_path / "same.npy", np.array(parse(path), dtype=np.uint16))
     assert path.read_bytes() == (tmp_path / "same.npy").read_bytes()
@@ -370,7 +371,7 @@ def test_npy_is_what_np_save_writes(tmp_path):
 
 def test_manifest_tells_what_was_written(tmp_path, reference):
     texts = make_texts(50)
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    source = write_texts(tmp_path / "a.jsonl", texts)
     run("--source", source, "--out", tmp_path / "out", "--shard_tokens", 500)
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["tokens"] == len(expected_ids(texts, reference))
@@ -385,7 +386,7 @@ def test_manifest_tells_what_was_written(tmp_path, reference):
 def test_val_size(tmp_path, reference, given, capsys):
     texts = make_texts(40)
     total = len(expected_ids(texts, reference))
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    source = write_texts(tmp_path / "a.jsonl", texts)
     run("--source", source, "--out", tmp_path / "out", "--val_tokens", given)
     assert len(shards(tmp_path / "out")[0][1]) == (100 if given == 100 else total // 10)
     assert ("val gets a tenth" in capsys.readouterr().err) == (given == 10**6)
@@ -395,22 +396,22 @@ def test_automatic_val_stops_growing(tmp_path, reference, monkeypatch):
     monkeypatch.setattr(fineweb, "VAL_TOKENS", 200)
     texts = make_texts(100)
     assert len(expected_ids(texts, reference)) > 2000
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    source = write_texts(tmp_path / "a.jsonl", texts)
     run("--source", source, "--out", tmp_path / "out")
     assert len(shards(tmp_path / "out")[0][1]) == 200
 
 
 def test_too_small_for_two_splits(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", ["hi"])
+    source = write_texts(tmp_path / "a.jsonl", ["hi"])
     with pytest.raises(ValueError, match="too few"):
         run("--source", source, "--out", tmp_path / "out")
-    run("--source", write_jsonl(source, ["one two three four five six seven eight nine ten"]),
+    run("--source", write_texts(source, ["one two three four five six seven eight nine ten"]),
         "--out", tmp_path / "out")  # fmt: skip
 
 
 def test_max_tokens_is_exact(tmp_path, reference):
     texts = make_texts(200)
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    source = write_texts(tmp_path / "a.jsonl", texts)
     ids = expected_ids(texts, reference)
     for limit in (1000, 1234, len(ids) - 1, len(ids), len(ids) + 5):
         out = tmp_path / f"out{limit}"
@@ -427,7 +428,7 @@ def many_files(tmp_path):
     texts = [make_texts(30, seed) for seed in range(5)]
     (tmp_path / "many").mkdir()
     for i, some in enumerate(texts):
-        write_jsonl(tmp_path / f"many/{i}.jsonl", some)
+        write_texts(tmp_path / f"many/{i}.jsonl", some)
     return tmp_path / "many", texts
 
 
@@ -449,7 +450,7 @@ def test_parts_hold_what_the_whole_holds(tmp_path, many_files, reference, count,
     source, texts = many_files
     for i in reversed(range(1, count + 1)):  # part 1 with the val shard comes last
         run_part(f"{i}/{count}", source, tmp_path / "out")
-    split = {s: shards_file.load_shards(str(tmp_path / "out"), s) for s in ("val", "train")}
+    split = {s: load_shards(str(tmp_path / "out"), s) for s in ("val", "train")}
     val, train = (np.concatenate(split[s]).tolist() for s in ("val", "train"))
     order = [j for i in range(count) for j in range(i, 5, count)]  # by part, then by file
     assert val + train == expected_ids(flat(texts[j] for j in order), reference)
@@ -474,8 +475,8 @@ def test_incomplete_unions_are_refused(tmp_path, many_files):
 
     def refused(message):
         for read in (
-            lambda: shards_file.load_shards(str(out), "train"),
-            lambda: shards_file.load_shards(str(out), "val"),
+            lambda: load_shards(str(out), "train"),
+            lambda: load_shards(str(out), "val"),
             lambda: run("info", out),
         ):
             with pytest.raises(ValueError, match=message) as caught:
@@ -487,7 +488,7 @@ def test_incomplete_unions_are_refused(tmp_path, many_files):
     run_part("3/3", source, out)
     refused("part 2/3 is missing")
     run_part("2/3", source, out)
-    shards_file.load_shards(str(out), "train")
+    load_shards(str(out), "train")
 
     path = out / "manifest_part002of003.json"
     whole, manifest = path.read_text(), json.loads(path.read_text())
@@ -506,14 +507,14 @@ def test_incomplete_unions_are_refused(tmp_path, many_files):
     shard.write_bytes(data[:-2])
     refused_train = pytest.raises(ValueError, match=r"part002of003_000001\.npy is truncated")
     with refused_train:
-        shards_file.load_shards(str(out), "train")
+        load_shards(str(out), "train")
     shard.unlink()
     with pytest.raises(ValueError, match=r"part 2/3 has lost .*part002of003_000001\.npy"):
-        shards_file.load_shards(str(out), "val")
+        load_shards(str(out), "val")
     with pytest.raises(ValueError, match="gone or altered"):
         run_part("2/3", source, out)
     shard.write_bytes(data)
-    shards_file.load_shards(str(out), "train")
+    load_shards(str(out), "train")
     shutil.copy(out / "manifest_part003of003.json", out / "manifest_part003of004.json")
     refused("mixes shards of runs in 3, 4 parts")
 
@@ -522,7 +523,7 @@ def test_a_part_fits_its_folder_or_is_refused(tmp_path, many_files):
     source, out = many_files[0], tmp_path / "out"
     run_part("1/2", source, out)
     before = tree_bytes(out)
-    other = write_jsonl(tmp_path / "other.jsonl", ["other"])
+    other = write_texts(tmp_path / "other.jsonl", ["other"])
     for part, message, change in [
         ("1/3", "--part 1/2, not 1/3", {}),
         ("2/3", "--part 1/2, not 2/3", {}),
@@ -615,16 +616,16 @@ def test_reading_never_runs_ahead(monkeypatch):
 
 def test_gigatoken_forgets(tmp_path, monkeypatch, reference):
     texts = make_texts(60, 4)
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    source = write_texts(tmp_path / "a.jsonl", texts)
     monkeypatch.setattr(fineweb, "BATCH_BYTES", 1000)
     monkeypatch.setattr(fineweb, "FORGET_AFTER", 3)
-    made, make = [], tokenizer_file.gpt2_json
+    made, make = [], gpt2_json
     monkeypatch.setattr(
-        tokenizer_file, "gpt2_json", lambda **kwargs: (made.append(1), make(**kwargs))[1]
+        "nanoswitch.tokenizer.gpt2_json", lambda **kwargs: (made.append(1), make(**kwargs))[1]
     )
     for used in (0, math.inf):
         monkeypatch.setattr(fineweb, "memory_in_use", lambda used=used: used)
-        tokenizer_file.get_gigatoken.cache_clear()
+        get_gigatoken.cache_clear()
         made.clear()
         run("--source", source, "--out", tmp_path / str(used), "--workers", 1)
         assert stream(tmp_path / str(used)) == expected_ids(texts, reference)
@@ -711,7 +712,7 @@ def test_killed_and_resumed_is_byte_identical(tmp_path, nth, moment):
     source = tmp_path / "source"
     source.mkdir()
     write_parquet(source / "a.parquet", make_texts(60, 1), rows=9)
-    write_jsonl(source / "b.jsonl", make_texts(60, 2))
+    write_texts(source / "b.jsonl", make_texts(60, 2))
     flags = ["--source", source, "--shard_tokens", 700, "--val_tokens", 500, "--workers", 2]
     run(*flags, "--out", tmp_path / "whole")
     code = KILLER.format(root=str(ROOT))
@@ -740,7 +741,7 @@ def done_shards(out):
 
 def test_killed_after_the_last_shard(tmp_path):
     # 3 renames a shard pair, then the manifest that says done: nothing must be added after it
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(100, 6))
+    source = write_texts(tmp_path / "a.jsonl", make_texts(100, 6))
     flags = ["--source", source, "--shard_tokens", 500, "--val_tokens", 500, "--max_tokens", 2000]
     run(*flags, "--out", tmp_path / "whole")
     code = KILLER.format(root=str(ROOT))
@@ -752,7 +753,7 @@ def test_killed_after_the_last_shard(tmp_path):
 
 
 def test_killed_at_any_time(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000, 4, words=300))
+    source = write_texts(tmp_path / "a.jsonl", make_texts(3000, 4, words=300))
     flags = [
         "--source",
         str(source),
@@ -791,7 +792,7 @@ def test_resume_tokenises_only_what_is_missing(tmp_path, reference, monkeypatch)
         "--val_tokens",
         200,
     ]
-    real, calls = shards_file.write_shard, []
+    real, calls = write_shard, []
 
     def stop_at_fourth(*args):
         calls.append(args)
@@ -803,7 +804,7 @@ def test_resume_tokenises_only_what_is_missing(tmp_path, reference, monkeypatch)
     with pytest.raises(OSError):
         run(*flags)
     monkeypatch.setattr(fineweb, "write_shard", real)
-    encoded, encode = [], tokenizer_file.encode_texts
+    encoded, encode = [], encode_texts
     spy = lambda texts, *args: (encoded.extend(texts), encode(texts, *args))[1]  # noqa: E731
     monkeypatch.setattr(fineweb, "encode_texts", spy)
     run(*flags)
@@ -815,8 +816,8 @@ def test_resume_tokenises_only_what_is_missing(tmp_path, reference, monkeypatch)
 
 
 def test_other_settings_are_refused(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(30))
-    other = write_jsonl(tmp_path / "b.jsonl", make_texts(30))
+    source = write_texts(tmp_path / "a.jsonl", make_texts(30))
+    other = write_texts(tmp_path / "b.jsonl", make_texts(30))
     flags = dict(
         source=source, shard_tokens=500, val_tokens=50, max_tokens=1500, format="npy", name="x"
     )
@@ -837,13 +838,13 @@ def test_other_settings_are_refused(tmp_path):
 
 
 def test_finished_folder_and_changed_source(tmp_path, capsys, monkeypatch):
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(30))
+    source = write_texts(tmp_path / "a.jsonl", make_texts(30))
     run("--source", source, "--out", tmp_path / "out")
     before = tree_bytes(tmp_path / "out")
-    monkeypatch.setattr(tokenizer_file, "get_tokenizer", None)  # nothing is tokenised again
+    monkeypatch.setattr("nanoswitch.tokenizer.get_tokenizer", None)  # nothing is tokenised again
     run("--source", source, "--out", tmp_path / "out")
     assert "finished" in capsys.readouterr().out
-    write_jsonl(source, make_texts(31))
+    write_texts(source, make_texts(31))
     with pytest.raises(ValueError, match="changed"):
         run("--source", source, "--out", tmp_path / "out")
     assert tree_bytes(tmp_path / "out") == before
@@ -852,7 +853,7 @@ def test_finished_folder_and_changed_source(tmp_path, capsys, monkeypatch):
 def test_busy_folders_are_refused(tmp_path):
     import fcntl
 
-    source = write_jsonl(tmp_path / "a.jsonl", make_texts(30))
+    source = write_texts(tmp_path / "a.jsonl", make_texts(30))
     run("--source", source, "--out", tmp_path / "out")
     handle = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
@@ -876,10 +877,10 @@ def test_reader_takes_both_formats_and_other_names(tmp_path):
     np.save(tmp_path / "edufineweb_train_000001.npy", np.array([1, 2], dtype=np.uint16))
     write_bin(tmp_path / "fineweb_val_000000.bin", [5])
     (tmp_path / "train.txt").write_text("no shard")
-    assert shards_file.shard_split("edufineweb_train_interval_000001.npy") == "train"
+    assert shard_split("edufineweb_train_interval_000001.npy") == "train"
     (tmp_path / "edufineweb_train_000009.npy.tmp").write_bytes(b"half")
-    assert [s.tolist() for s in shards_file.load_shards(str(tmp_path), "train")] == [[1, 2], [3, 4]]
-    assert [s.tolist() for s in shards_file.load_shards(str(tmp_path), "val")] == [[5]]
+    assert [s.tolist() for s in load_shards(str(tmp_path), "train")] == [[1, 2], [3, 4]]
+    assert [s.tolist() for s in load_shards(str(tmp_path), "val")] == [[5]]
 
 
 def test_info_counts_and_finds_bad_ids(tmp_path, capsys):
@@ -900,7 +901,7 @@ def test_info_counts_and_finds_bad_ids(tmp_path, capsys):
 
 
 def test_info_finds_a_changed_shard(tmp_path):
-    run("--source", write_jsonl(tmp_path / "a.jsonl", make_texts(30)), "--out", tmp_path / "out")
+    run("--source", write_texts(tmp_path / "a.jsonl", make_texts(30)), "--out", tmp_path / "out")
     run("info", tmp_path / "out")
     path = tmp_path / "out/edufineweb_train_000001.npy"
     data = bytearray(path.read_bytes())
@@ -1017,9 +1018,7 @@ def test_hub_parts_fetch_only_their_files(tmp_path, client, reference):
             assert fetched == [int(j % 2 == i - 1) for j in range(4)]
             # the second part keeps to the revision of the first, and need not ask for one
             assert any("/api/datasets" in line for line in hub.requests) == (i == 2)
-    ids = [
-        i for s in ("val", "train") for x in shards_file.load_shards(tmp_path / "out", s) for i in x
-    ]
+    ids = [i for s in ("val", "train") for x in load_shards(tmp_path / "out", s) for i in x]
     assert ids == expected_ids(flat([texts[j] for j in (0, 2, 1, 3)]), reference)
 
 
@@ -1187,7 +1186,7 @@ def test_import_is_light():
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_runs_in_child_processes(tmp_path, reference, method):
     texts = make_texts(20)
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    source = write_texts(tmp_path / "a.jsonl", texts)
     script = tmp_path / "parent.py"
     script.write_text(f"""
 import multiprocessing, sys

@@ -7,7 +7,6 @@ and against a checkout of build-nanogpt, on random models that both load:
         pytest -m slow tests/test_hellaswag.py -s
 """
 
-import gzip
 import importlib.util
 import json
 import math
@@ -16,14 +15,13 @@ import random
 import re
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import GPT2_VOCABULARY, grown, tiny, write_jsonl, write_step
 from hub_server import point_client_at, serve
-from safetensors.torch import save_file
 
 import hellaswag
 from hellaswag import (
@@ -35,10 +33,8 @@ from hellaswag import (
     summarize,
     tokenize_items,
 )
-from model import GPT, GPTConfig
 from nanoswitch import cli
-from nanoswitch import tokenizer as tokenizer_file
-from nanoswitch.tokenizer import get_tokenizer
+from nanoswitch.tokenizer import get_tokenizer, vocabulary_files
 
 
 def item(**changes):
@@ -95,23 +91,10 @@ def random_items(n, seed=0):
     ]
 
 
-def tiny(std=0.3, seed=0, **config):
-    """A small model whose random weights are large enough for its endings to differ clearly."""
-    torch.manual_seed(seed)
-    small = dict(block_size=128, n_layer=2, n_head=2, n_embd=16)
-    model = GPT(GPTConfig(**small | config))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.mul_(std / 0.02)
-    return model
-
-
-def write_jsonl(path, records):
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    return str(path)
+def scorer(std=0.3, seed=0, **changes):
+    """A model of GPT-2's vocabulary to whose weights four endings differ clearly."""
+    config = tiny(**dict(block_size=128, n_head=2) | GPT2_VOCABULARY | changes)
+    return grown(config, std, seed)
 
 
 def texts(row):
@@ -233,7 +216,7 @@ def clean_items(n, seed=0):
 @pytest.mark.parametrize("protocol", ["completion", "harness"])
 @pytest.mark.parametrize("config", [{}, dict(pos="rope", n_kv_head=1, window=7)], ids=str)
 def test_predictions_equal_an_unbatched_loop(protocol, config):
-    model, items = tiny(**config), clean_items(8)
+    model, items = scorer(**config), clean_items(8)
     expected = by_hand(model, items, protocol)
     assert len(set(expected)) > 3
     examples = tokenize_items(items, protocol)
@@ -256,7 +239,7 @@ def test_predictions_equal_an_unbatched_loop(protocol, config):
     ids=str,
 )  # fmt: skip
 def test_endings_that_share_a_context_score_as_whole_rows_do(config):
-    model = tiny(**config).eval()
+    model = scorer(**config).eval()
     examples = tokenize_items(random_items(5), "harness")
     rows = [row for example in examples for row in example.rows]
     rows += [row._replace(scored=1) for row in rows[:3]]  # a context of its own each
@@ -268,7 +251,7 @@ def test_endings_that_share_a_context_score_as_whole_rows_do(config):
 
 
 def test_batches_and_order_change_nothing():
-    model, examples = tiny(), tokenize_items(random_items(6), "harness")
+    model, examples = scorer(), tokenize_items(random_items(6), "harness")
     rows = {row for example in examples for row in example.rows}
     one = score_rows(model, rows, batch_tokens=1)
     for batch_tokens in (100, 10**6):
@@ -307,7 +290,7 @@ def test_batches_hold_contexts_of_about_one_length_and_keep_to_the_budget():
 
 
 def test_a_tie_goes_to_the_first():
-    model = tiny()
+    model = scorer()
     endings = ["is ripping level tiles off."] * 4
     for protocol in ("completion", "harness"):
         examples = tokenize_items([item(endings=endings), *random_items(5)], protocol)
@@ -318,12 +301,12 @@ def test_an_ending_of_markers_alone_never_wins_acc_norm():
     # its length is 0: lm-evaluation-harness divides all the same and gets minus infinity
     examples = tokenize_items([item(endings=["[title]", "b", "c", "d"])], "harness")
     assert examples[0].chars == [0, 1, 1, 1]
-    assert predict(tiny(), examples)[0, 1] != 0
+    assert predict(scorer(), examples)[0, 1] != 0
 
 
 @pytest.mark.parametrize("protocol", ["completion", "harness"])
 def test_rows_beyond_block_size_lose_tokens_on_the_left(protocol, capsys):
-    model, items = tiny(block_size=8), clean_items(6)  # some endings alone are longer
+    model, items = scorer(block_size=8), clean_items(6)  # some endings alone are longer
     examples = tokenize_items(items, protocol)
     assert any(row.scored > 8 for example in examples for row in example.rows)
     expected = by_hand(model, items, protocol)
@@ -332,7 +315,7 @@ def test_rows_beyond_block_size_lose_tokens_on_the_left(protocol, capsys):
 
 
 def test_a_relative_encoding_runs_beyond_block_size():
-    short, long = tiny(pos="rope", block_size=8), tiny(pos="rope", block_size=128)
+    short, long = scorer(pos="rope", block_size=8), scorer(pos="rope", block_size=128)
     examples = tokenize_items(random_items(5), "completion")
     rows = {row for example in examples for row in example.rows}
     assert score_rows(short, rows, 500) == score_rows(long, rows, 500)
@@ -340,7 +323,7 @@ def test_a_relative_encoding_runs_beyond_block_size():
 
 
 def test_eval_mode_for_the_while():
-    model, examples = tiny(dropout=0.5), tokenize_items(random_items(3), "completion")
+    model, examples = scorer(dropout=0.5), tokenize_items(random_items(3), "completion")
     rows = {row for example in examples for row in example.rows}
     model.train()
     noisy = score_rows(model, rows, 500)
@@ -350,7 +333,7 @@ def test_eval_mode_for_the_while():
 
 
 def test_the_callers_autocast_counts():
-    model, examples = tiny(), tokenize_items(random_items(3), "completion")
+    model, examples = scorer(), tokenize_items(random_items(3), "completion")
     rows = {row for example in examples for row in example.rows}
     plain = score_rows(model, rows, 500)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -360,7 +343,7 @@ def test_the_callers_autocast_counts():
 
 
 def test_ranks_share_the_items(monkeypatch):
-    model, examples = tiny(), tokenize_items(random_items(7), "completion")
+    model, examples = scorer(), tokenize_items(random_items(7), "completion")
     alone, hits = evaluate(model, examples), []
     for rank in range(3):
         monkeypatch.setattr(torch.distributed, "all_reduce", hits.append)
@@ -374,7 +357,7 @@ def test_ranks_share_the_items(monkeypatch):
 
 def test_another_vocabulary_is_refused():
     with pytest.raises(ValueError, match="this model's vocabulary is 32000"):
-        predict(tiny(vocab_size=32000, vocab_used=32000), [])
+        predict(scorer(vocab_size=32000, vocab_used=32000), [])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -385,11 +368,11 @@ def test_another_vocabulary_is_refused():
 def test_items_of_a_file(tmp_path, name):
     records = random_items(5)
     path = write_jsonl(tmp_path / name, records)
-    assert load_items(path) == records
+    assert load_items(str(path)) == records
 
 
 def test_limit_samples_the_whole_file(tmp_path):
-    path = write_jsonl(tmp_path / "val.jsonl", random_items(200))
+    path = str(write_jsonl(tmp_path / "val.jsonl", random_items(200)))
     inds = [[r["ind"] for r in load_items(path, 50, seed)] for seed in (1, 1, 2)]
     assert inds[0] == inds[1] != inds[2]
     assert len(set(inds[0])) == 50 and inds[0] == sorted(inds[0])
@@ -429,14 +412,6 @@ def test_the_official_file_is_fetched_once(tmp_path, monkeypatch, capsys):
 # The command
 
 
-def save(model, folder):
-    folder.mkdir()
-    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
-    return str(folder)
-
-
 def command(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["hellaswag.py", *map(str, args)])
     cli.run(hellaswag.main)
@@ -444,7 +419,8 @@ def command(monkeypatch, *args):
 
 @pytest.fixture
 def files(tmp_path):
-    return save(tiny(), tmp_path / "step"), write_jsonl(tmp_path / "val.jsonl", clean_items(8))
+    step = write_step(tmp_path / "step", scorer())
+    return str(step), str(write_jsonl(tmp_path / "val.jsonl", clean_items(8)))
 
 
 def test_command_writes_both_scores_and_every_prediction(files, tmp_path, monkeypatch, capsys):
@@ -461,7 +437,7 @@ def test_command_writes_both_scores_and_every_prediction(files, tmp_path, monkey
     for line, protocol in zip(printed, ("completion", "harness"), strict=True):
         assert list(result[protocol]) == ["acc", "acc_norm", "se"]
         assert re.match(rf"{protocol} +acc 0\.\d{{4}}  acc_norm 0\.\d{{4}} ± 0\.\d{{4}}", line)
-        pairs = predict(tiny(), tokenize_items(items, protocol)).tolist()
+        pairs = predict(scorer(), tokenize_items(items, protocol)).tolist()
         names = ("pred", "pred_norm")
         assert [i[protocol] for i in result["items"]] == [
             dict(zip(names, pair, strict=True)) for pair in pairs
@@ -507,7 +483,7 @@ def as_transformers(model):
 
 
 def parity_model(std, seed):
-    return tiny(std, seed, vocab_size=50257, block_size=1024, n_head=4, n_embd=64).eval()
+    return scorer(std, seed, vocab_size=50257, block_size=1024, n_head=4, n_embd=64).eval()
 
 
 @pytest.mark.slow
@@ -520,7 +496,7 @@ def test_every_item_as_lm_evaluation_harness_scores_it(official, std, tmp_path):
 
     model = parity_model(std, seed=1)
     as_transformers(model).save_pretrained(tmp_path)
-    vocabulary = tokenizer_file.vocabulary_files()[1]
+    vocabulary = vocabulary_files()[1]
     shutil.copy(vocabulary["encoder.json"], tmp_path / "vocab.json")
     shutil.copy(vocabulary["vocab.bpe"], tmp_path / "merges.txt")
     tokenizer = transformers.GPT2Tokenizer.from_pretrained(tmp_path)

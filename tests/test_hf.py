@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import grown, refused, shake, write_step
 from hub_server import point_client_at, serve
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
 from nanoswitch import export, hf
-from nanoswitch import tokenizer as tokenizer_file
+from nanoswitch.tokenizer import EOT, get_tokenizer
 
 transformers = pytest.importorskip("transformers")
 V, T = 97, 24
@@ -26,17 +27,8 @@ THEIR_LLAMA = SIZES | dict(
 IDX = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(1))
 
 
-def shake(model, std=0.3):
-    """Weights far from their initial values, so that no bias, norm or score is negligible."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(1.0 if p.dim() == 1 else 0.0, std)
-    return model.eval()
-
-
 def gpt(**fields):
-    return shake(GPT(GPTConfig(**OURS | fields)))
+    return grown(GPTConfig(**OURS | fields))
 
 
 def gap(ours, theirs, idx=IDX):
@@ -48,13 +40,6 @@ def greedy(theirs, idx, new):
     """Greedy text that does not stop at the end-of-text id, which ours does not either."""
     options = dict(do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
     return theirs.generate(idx, attention_mask=torch.ones_like(idx), **options)
-
-
-def refusal(call, *words):
-    with pytest.raises(ValueError) as error:
-        call()
-    text = str(error.value)
-    assert "\n" not in text and all(word in text for word in words), text
 
 
 # ----------------------------------------------------------------------------- import
@@ -158,7 +143,8 @@ def test_blooms_first_uploads_load(tmp_path):
 def test_what_this_model_cannot_be_is_refused_in_one_line(name, changes, words, tmp_path):
     their_model(name).save_pretrained(tmp_path)
     edit(tmp_path, **changes)
-    refusal(lambda: GPT.from_pretrained(tmp_path), *words)
+    with refused(*words):
+        GPT.from_pretrained(tmp_path)
 
 
 def test_shards_are_read_and_a_bad_index_is_refused(tmp_path):
@@ -168,10 +154,12 @@ def test_shards_are_read_and_a_bad_index_is_refused(tmp_path):
     assert len(shards) > 1 and not (tmp_path / "model.safetensors").exists()
     assert gap(GPT.from_pretrained(tmp_path), theirs) < 1e-4
     shards[0].rename(tmp_path / "away")
-    refusal(lambda: GPT.from_pretrained(tmp_path), shards[0].name)
+    with refused(shards[0].name):
+        GPT.from_pretrained(tmp_path)
     for index in ("{}", "[]", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": 3}'):
         (tmp_path / "model.safetensors.index.json").write_text(index)
-        refusal(lambda: GPT.from_pretrained(tmp_path), "index.json")
+        with refused("index.json"):
+            GPT.from_pretrained(tmp_path)
 
 
 def test_half_precision_weights_become_fp32(tmp_path):
@@ -219,9 +207,12 @@ def test_a_hub_repo_that_has_only_pickles_is_refused(tmp_path, cache, monkeypatc
     files["pytorch_model.bin"] = files.pop("model.safetensors")
     with serve({"me/old": files}) as hub:
         point_client_at(hub.url, monkeypatch)
-        refusal(lambda: GPT.from_pretrained("me/old"), "me/old", "safetensors only")
-        refusal(lambda: GPT.from_pretrained("me/none"), "me/none", "config.json")
-        refusal(lambda: GPT.from_pretrained("-no name-"), "-no name-")
+        with refused("me/old", "safetensors only"):
+            GPT.from_pretrained("me/old")
+        with refused("me/none", "config.json"):
+            GPT.from_pretrained("me/none")
+        with refused("-no name-"):
+            GPT.from_pretrained("-no name-")
         assert hub.count("GET", ".bin") == 0
 
 
@@ -303,15 +294,18 @@ def test_every_switch_of_ours_changes_the_logits():
     ids=str,
 )
 def test_what_no_layout_holds_is_refused_by_its_switch(fields, words, tmp_path):
-    refusal(lambda: hf.save(gpt(**fields), tmp_path / "out"), "no Hugging Face layout", *words)
+    with refused("no Hugging Face layout", *words):
+        hf.save(gpt(**fields), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_in_use_is_refused_and_an_empty_one_is_not(tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "note.txt").write_text("mine")
-    refusal(lambda: hf.save(gpt(), tmp_path / "used"), "used", "not an empty folder")
-    refusal(lambda: hf.save(gpt(), tmp_path / "used" / "note.txt"), "not an empty folder")
+    with refused("used", "not an empty folder"):
+        hf.save(gpt(), tmp_path / "used")
+    with refused("not an empty folder"):
+        hf.save(gpt(), tmp_path / "used" / "note.txt")
     (tmp_path / "empty").mkdir()
     hf.save(gpt(), tmp_path / "empty")
     GPT.from_pretrained(tmp_path / "empty")
@@ -345,7 +339,7 @@ def test_the_exported_tokenizer_encodes_as_tiktoken(kind, tmp_path, monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     ours = export_gpt2_vocabulary(tmp_path / "out", **EXPORTS[kind] | SMALL)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    enc = tokenizer_file.get_tokenizer()
+    enc = get_tokenizer()
     for text in TEXTS:
         ids = enc.encode_ordinary(text)
         assert tokenizer(text)["input_ids"] == ids, repr(text)
@@ -354,11 +348,11 @@ def test_the_exported_tokenizer_encodes_as_tiktoken(kind, tmp_path, monkeypatch)
     plain = tokenizer(mark, split_special_tokens=True)["input_ids"]
     assert plain == enc.encode_ordinary(mark)
     assert tokenizer(mark)["input_ids"] == enc.encode(mark, allowed_special="all")
-    assert tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer_file.EOT
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == EOT
     assert tokenizer.model_max_length == T and len(tokenizer) == 50257
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert theirs.config.eos_token_id == tokenizer_file.EOT
+    assert theirs.config.eos_token_id == EOT
     idx = torch.tensor([enc.encode_ordinary("Hello, I'm a")])
     want = ours.generate(idx, 12, temperature=0)
     assert torch.equal(greedy(theirs, idx, 12), want) and want.max() < 50257
@@ -368,11 +362,8 @@ def test_the_exported_tokenizer_encodes_as_tiktoken(kind, tmp_path, monkeypatch)
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     model, step = gpt(**LLAMA), tmp_path / "run" / "step_000003"
-    step.mkdir(parents=True)
+    write_step(step, model)
     (tmp_path / "run" / "latest").write_text("step_000003")
-    (step / "config.json").write_text(json.dumps({"model": vars(model.config)}))
-    save_file({n: p for n, p in model.state_dict().items() if n != "lm_head.weight"},
-              step / "model.safetensors")  # fmt: skip
     args = ["export.py", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     root = Path(__file__).parent.parent
     line = [sys.executable, "-m", "nanoswitch.export", *args[1:]]
@@ -381,7 +372,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert "llama layout" in done.stdout and "without a tokenizer" in done.stdout
     assert torch.equal(GPT.from_pretrained(tmp_path / "out")(IDX)[0], model(IDX)[0])
     monkeypatch.setattr(sys, "argv", args)
-    refusal(export.main, "not an empty folder")
+    with refused("not an empty folder"):
+        export.main()
     monkeypatch.setattr(sys, "argv", args[:2])
     with pytest.raises(SystemExit) as stop:
         export.main()
@@ -400,7 +392,7 @@ def test_the_evaluation_harness_scores_the_exported_folder_as_we_do(fields, tmp_
 
     ours, enc = (
         export_gpt2_vocabulary(tmp_path / "out", **fields | SMALL),
-        tokenizer_file.get_tokenizer(),
+        get_tokenizer(),
     )
     pairs = [
         ("A man is sitting on a roof. He", " starts pulling up roofing."),

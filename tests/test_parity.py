@@ -17,23 +17,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from builders import gradients, refused, shake
 
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
 SMALL = dict(block_size=24, vocab_size=97, n_layer=2, n_head=4, n_embd=32)
-
-
-def shake(model, std=0.3):
-    """Weights far from their initial values, so that no bias, norm or score is negligible."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p.add_(torch.randn_like(p) * std)
-            else:
-                p.normal_(0, std)
-    return model.eval()
 
 
 def token_ids(vocab_size, B, T):
@@ -42,12 +31,6 @@ def token_ids(vocab_size, B, T):
 
 def shifted_loss(model, idx):
     return model(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())[1]
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
 
 
 def largest_difference(ours, theirs):
@@ -136,9 +119,8 @@ def test_the_bare_gpt2_of_older_uploads_loads(tmp_path):
 )
 def test_a_gpt2_that_this_model_cannot_be_is_refused(changes, tmp_path):
     gpt2(**changes).save_pretrained(tmp_path)
-    with pytest.raises(ValueError) as error:
+    with refused():
         GPT.from_pretrained(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 # ----------------------------------------------------------------------------- Llama, Mistral

@@ -7,13 +7,12 @@ import math
 import subprocess
 import sys
 import weakref
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from builders import rig, write_jsonl, write_step
 from hub_server import point_client_at, serve
-from safetensors.torch import save_file
 
 import sample as s
 from model import GPT, GPTConfig
@@ -32,15 +31,7 @@ def random_model(**changes):
 
 
 def rigged(logits, **changes):
-    """A model whose logits are these, {id: logit}, at every position; all others are -10,000."""
-    model = random_model(tie_embeddings=False, **changes)
-    with torch.no_grad():
-        model.transformer.ln_f.weight.zero_()
-        model.transformer.ln_f.bias.zero_()[0] = 1  # so the head reads (1, 0, 0, ...)
-        model.lm_head.weight[:, 0] = -1e4
-        for token, logit in logits.items():
-            model.lm_head.weight[token, 0] = logit
-    return model
+    return rig(random_model(tie_embeddings=False, **changes), logits)
 
 
 def letters(**changes):
@@ -242,10 +233,7 @@ def checkpoint(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     model = letters(vocab_used=50257)
     for step, weights in ((1, random_model(tie_embeddings=False)), (2, model)):
-        folder = run / f"step_{step:06d}"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
-        save_file(weights.state_dict(), folder / "model.safetensors")
+        write_step(run / f"step_{step:06d}", weights)
     (run / "latest").write_text("step_000002\n")
     return run
 
@@ -277,12 +265,9 @@ def client(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
-def write_step(folder, model, **more):
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"model": asdict(model.config), "train": {"data_dir": "/home/me/private"}} | more
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = {k: w for k, w in model.state_dict().items() if k != "lm_head.weight"}
-    save_file(weights, folder / "model.safetensors")
+def private_step(folder, model, **entries):
+    """A checkpoint that says where its user's data lie."""
+    write_step(folder, model, train={"data_dir": "/home/me/private"}, **entries)
 
 
 def call(monkeypatch, *argv):
@@ -298,14 +283,14 @@ def call(monkeypatch, *argv):
 ])  # fmt: skip
 def test_a_pushed_model_loads_back_by_name(fields, layout, client, tmp_path, monkeypatch, capfd):
     model, run = random_model(**fields), tmp_path / "run"
-    write_step(run / "step_000030", model, step=30, tokens=4000)
+    private_step(run / "step_000030", model, step=30, tokens=4000)
     (run / "latest").write_text("step_000030\n")
     log = [
         {"step": 20, "val_loss": 3.5},
         {"step": 30, "train_loss": 1},
         {"step": 40, "val_loss": 2},
     ]
-    (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    write_jsonl(run / "log.jsonl", log)
     # each kind of request meets a fault that passes
     faults = {"POST create": [503], "POST commit/main": [500]}
     with serve({}, faults, token=TOKEN) as hub:
@@ -330,9 +315,9 @@ def test_a_pushed_model_loads_back_by_name(fields, layout, client, tmp_path, mon
 
 
 def test_a_second_push_replaces_the_first(client, tmp_path, monkeypatch, capfd):
-    write_step(tmp_path / "one", random_model())
+    private_step(tmp_path / "one", random_model())
     second = random_model(pos="fire")
-    write_step(tmp_path / "two", second)
+    private_step(tmp_path / "two", second)
     with serve({}, token=TOKEN) as hub:
         point_client_at(hub.url, monkeypatch)
         call(monkeypatch, tmp_path / "one", "--push", "me/m", "--public", "true")
@@ -372,7 +357,7 @@ def test_a_vocabulary_of_its_own_is_pushed_along(fields, client, tmp_path, monke
     made = tokenizers.Tokenizer(words)
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model = random_model(vocab_size=97, vocab_used=97, **fields)
-    write_step(tmp_path / "m", model, eos_token_id=8)
+    private_step(tmp_path / "m", model, eos_token_id=8)
     made.save(str(tmp_path / "m" / "tokenizer.json"))
     flags = ["--prompt", "w5 w6", "--max_new_tokens", "9", "--seed", "3"]
     hub = check_pushed(tmp_path / "m", flags, monkeypatch, capsys)
@@ -382,7 +367,7 @@ def test_a_vocabulary_of_its_own_is_pushed_along(fields, client, tmp_path, monke
 @pytest.mark.parametrize("fields", [dict(), dict(pos="fire")])
 def test_a_cut_vocabulary_is_pushed_along(fields, client, tmp_path, monkeypatch, capsys):
     """The beginning of GPT-2's vocabulary: a hub name says nothing of it but by tokenizer.json."""
-    write_step(tmp_path / "m", random_model(vocab_size=384, vocab_used=300, **fields))
+    private_step(tmp_path / "m", random_model(vocab_size=384, vocab_used=300, **fields))
     flags = ["--prompt", "the naïve", "--max_new_tokens", "12", "--seed", "3"]
     hub = check_pushed(tmp_path / "m", flags, monkeypatch, capsys)
     assert json.loads(hub.repos["me/m"]["config.json"])["eos_token_id"] == 299
@@ -394,7 +379,7 @@ def test_a_push_without_the_right_token_says_how_to_log_in(
 ):
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    write_step(tmp_path / "m", random_model())
+    private_step(tmp_path / "m", random_model())
     with serve({}, token=TOKEN) as hub:
         point_client_at(hub.url, monkeypatch)
         with pytest.raises(SystemExit):

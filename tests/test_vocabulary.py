@@ -4,8 +4,6 @@ tokenizers built here from the first merges of GPT-2's own files."""
 import json
 import random
 import shutil
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +11,23 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import save_file
+from builders import rig, run_main, write_jsonl, write_step, write_texts
 
 import fineweb
 import hellaswag
 import sample
 import train_gpt2
 from model import GPT, GPTConfig
-from nanoswitch import cli, export, load
-from nanoswitch import shards as shards_file
-from nanoswitch import tokenizer as tokenizer_file
+from nanoswitch import export, load
+from nanoswitch.shards import list_shards, load_shards, open_shard, vocabulary
+from nanoswitch.tokenizer import (
+    encode,
+    encode_texts,
+    get_gigatoken,
+    get_tokenizer,
+    gpt2_ranks,
+    utf8,
+)
 
 N = 512
 TEXTS = [
@@ -55,25 +60,9 @@ def reference(n):
 def random_texts(count, seed=0):
     """Of merged words, odd characters and spaces."""
     rng = random.Random(seed)
-    pieces = [t.decode(errors="replace") for t in list(tokenizer_file.gpt2_ranks())[200:2000]]
+    pieces = [t.decode(errors="replace") for t in list(gpt2_ranks())[200:2000]]
     pieces += [*" \n\t'é中🎉\x1e", "  ", "'s"]
     return ["".join(rng.choices(pieces, k=rng.randint(1, 60))) for _ in range(count)]
-
-
-def run(main, *flags):
-    """A script's main with these flags -> its exit status."""
-    sys.argv, before = ["script", *map(str, flags)], sys.argv
-    try:
-        cli.run(main)
-    except SystemExit as stop:
-        return stop.code or 0
-    finally:
-        sys.argv = before
-    return 0
-
-
-def write_texts(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 # ----------------------------------------------------------------------------- ids
@@ -82,27 +71,27 @@ def write_texts(path, texts):
 @pytest.mark.parametrize("n", [257, 258, N, 4096, 50256, 50257])
 def test_the_ids_are_those_of_a_bpe_of_the_first_merges(n):
     theirs, texts = reference(n), TEXTS + random_texts(300)
-    for tokenizer in (None, tokenizer_file.get_gigatoken(n)):
-        found = tokenizer_file.encode_texts([text.encode() for text in texts], tokenizer, n)
+    for tokenizer in (None, get_gigatoken(n)):
+        found = encode_texts([text.encode() for text in texts], tokenizer, n)
         assert [ids.tolist() for ids in found] == [theirs.encode(text).ids for text in texts]
-    decode = tokenizer_file.get_tokenizer(n).decode
+    decode = get_tokenizer(n).decode
     assert decode([i for ids in found for i in ids.tolist()]) == "".join(texts)
-    assert tokenizer_file.get_tokenizer(n).encode("<|endoftext|>", allowed_special="all") == [n - 1]
+    assert get_tokenizer(n).encode("<|endoftext|>", allowed_special="all") == [n - 1]
 
 
 def test_a_text_of_low_ids_keeps_its_ids():
-    whole = tokenizer_file.get_tokenizer()
+    whole = get_tokenizer()
     low = [text for text in random_texts(2000) if max(whole.encode_ordinary(text)) < 4095]
     assert len(low) > 20
     for text in low:
-        ids = tokenizer_file.encode(text.encode(), 4096)
+        ids = encode(text.encode(), 4096)
         assert ids.tolist() == whole.encode_ordinary(text)
 
 
 def test_texts_that_tiktoken_alone_cannot_take():
     for text in ("lone \ud800 surrogate", " " * 100_000 + "x", "\n" * 50_000):
-        ids = tokenizer_file.encode(tokenizer_file.utf8(text), N)
-        assert tokenizer_file.get_tokenizer(N).decode(ids) == text.replace("\ud800", "\ufffd")
+        ids = encode(utf8(text), N)
+        assert get_tokenizer(N).decode(ids) == text.replace("\ud800", "\ufffd")
         assert max(ids) < N - 1
 
 
@@ -115,17 +104,15 @@ def test_shards_hold_the_documents(tmp_path, form, capsys):
     write_texts(tmp_path / "text.jsonl", texts)
     out = tmp_path / "out"
     flags = ("--source", tmp_path / "text.jsonl", "--out", out, "--vocab_size", N)
-    assert run(fineweb.main, *flags, "--format", form, "--shard_tokens", 1500) == 0
-    stream = np.concatenate([shards_file.open_shard(path) for path in shards_file.list_shards(out)])
-    order = np.concatenate(
-        shards_file.load_shards(out, "val") + shards_file.load_shards(out, "train")
-    )
+    assert run_main(fineweb.main, *flags, "--format", form, "--shard_tokens", 1500) == 0
+    stream = np.concatenate([open_shard(path) for path in list_shards(out)])
+    order = np.concatenate(load_shards(out, "val") + load_shards(out, "train"))
     want = [i for text in texts for i in [N - 1, *theirs.encode(text).ids]]
     assert order.tolist() == want and len(stream) == len(want) > 4500
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["documents"] == len(texts) and shards_file.vocabulary(out) == N
+    assert manifest["documents"] == len(texts) and vocabulary(out) == N
     capsys.readouterr()
-    assert run(fineweb.main, "info", out) == 0
+    assert run_main(fineweb.main, "info", out) == 0
     assert f"all   {len(want):,} tokens, {len(texts)} documents" in capsys.readouterr().out
 
 
@@ -139,12 +126,12 @@ def test_folders_made_before_the_flag_load_and_resume(tmp_path, capsys):
         assert manifest["settings"].pop("vocab_size") == 50257
         path.write_text(json.dumps(manifest))
 
-    assert run(fineweb.main, *flags) == 0
+    assert run_main(fineweb.main, *flags) == 0
     make_old("manifest.json")
-    assert run(fineweb.main, *flags) == 0 and "finished before" in capsys.readouterr().out
-    assert shards_file.vocabulary(tmp_path / "out") == 50257
-    shards_file.load_shards(tmp_path / "out", "train")
-    assert run(fineweb.main, *flags, "--vocab_size", N) == 1
+    assert run_main(fineweb.main, *flags) == 0 and "finished before" in capsys.readouterr().out
+    assert vocabulary(tmp_path / "out") == 50257
+    load_shards(tmp_path / "out", "train")
+    assert run_main(fineweb.main, *flags, "--vocab_size", N) == 1
     assert "was made with --vocab_size 50257, not 512" in capsys.readouterr().err
 
     shutil.rmtree(tmp_path / "out")
@@ -153,14 +140,14 @@ def test_folders_made_before_the_flag_load_and_resume(tmp_path, capsys):
         write_texts(tmp_path / "texts" / f"{i}.jsonl", random_texts(20, i))
     for part in ("1/2", "2/2"):  # the first of them by the version before
         source = ("--source", tmp_path / "texts", "--out", tmp_path / "out", "--part", part)
-        assert run(fineweb.main, *source) == 0
+        assert run_main(fineweb.main, *source) == 0
         if part == "1/2":
             make_old("manifest_part001of002.json")
-    assert len(shards_file.load_shards(tmp_path / "out", "train")) == 2
+    assert len(load_shards(tmp_path / "out", "train")) == 2
 
 
 def test_a_folder_without_a_manifest_is_gpt2s(tmp_path):
-    assert shards_file.vocabulary(tmp_path) == 50257
+    assert vocabulary(tmp_path) == 50257
 
 
 # ----------------------------------------------------------------------------- a run
@@ -172,7 +159,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabulary")
     write_texts(folder / "text.jsonl", random_texts(120))
     flags = ("--source", folder / "text.jsonl", "--out", folder / "data", "--vocab_size", N)
-    assert run(fineweb.main, *flags) == 0
+    assert run_main(fineweb.main, *flags) == 0
     rng, words = random.Random(0), ["the", "and", "of", "is", "that", "house", "water", "été"]
     items = [
         dict(ind=i, activity_label="Tea", ctx_a="A cup", ctx_b="it", label=rng.randrange(4),
@@ -180,8 +167,8 @@ def trained(tmp_path_factory):
              endings=[" ".join(rng.choices(words, k=3)) for _ in range(4)])
         for i in range(8)
     ]  # fmt: skip
-    (folder / "val.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    assert run(train_gpt2.main, *training(folder)) == 0
+    write_jsonl(folder / "val.jsonl", items)
+    assert run_main(train_gpt2.main, *training(folder)) == 0
     return folder
 
 
@@ -226,7 +213,7 @@ def test_training_samples_and_scores_in_its_vocabulary(trained):
     ids = reference(N).encode(train_gpt2.SAMPLE_PROMPT).ids
     generator = torch.Generator().manual_seed(1337)
     want = model.generate(torch.tensor([ids] * 2), 32, top_k=50, generator=generator)
-    decode = tokenizer_file.get_tokenizer(N).decode
+    decode = get_tokenizer(N).decode
     assert texts == [decode(row) for row in want.tolist()]
     assert texts[0].startswith(train_gpt2.SAMPLE_PROMPT)
     labels = [item["label"] for item in hellaswag.load_items(str(trained / "val.jsonl"))]
@@ -237,7 +224,7 @@ def test_training_samples_and_scores_in_its_vocabulary(trained):
 
 @pytest.fixture(scope="module")
 def exported(trained):
-    assert run(export.main, trained / "run", "--out", trained / "exported") == 0
+    assert run_main(export.main, trained / "run", "--out", trained / "exported") == 0
     return trained / "exported"
 
 
@@ -246,17 +233,17 @@ def test_hellaswag_and_sample_of_a_checkpoint(trained, exported, kind, tmp_path,
     path = {"run": trained / "run", "step": trained / "run" / "step_000004", "exported": exported}
     path, out = path[kind], tmp_path / "score.json"
     data = ("--data", trained / "val.jsonl", "--out", out, "--device", "cpu", "--dtype", "float32")
-    assert run(hellaswag.main, path, *data) == 0
+    assert run_main(hellaswag.main, path, *data) == 0
     lines = json.loads(out.read_text())["items"]
     model = GPT.from_pretrained(path).eval()
     got = [[line["completion"][k] for k in ("pred", "pred_norm")] for line in lines]
     assert got == best_endings(model, trained / "val.jsonl")
 
     flags = ("--max_new_tokens", 12, "--temperature", 0, "--device", "cpu", "--dtype", "float32")
-    decode = tokenizer_file.get_tokenizer(N).decode
+    decode = get_tokenizer(N).decode
     for prompt, ids in (("", [N - 1]), ("it is été", reference(N).encode("it is été").ids)):
         capsys.readouterr()
-        assert run(sample.main, path, "--prompt", prompt, *flags) == 0
+        assert run_main(sample.main, path, "--prompt", prompt, *flags) == 0
         new = model.generate(torch.tensor([ids]), 12, temperature=0)[0, len(ids) :].tolist()
         new = new[: new.index(N - 1)] if N - 1 in new else new
         assert capsys.readouterr().out == prompt + decode(new) + "\n" + "-" * 80 + "\n"
@@ -276,12 +263,7 @@ def test_the_exported_tokenizer_gives_the_same_ids(exported, monkeypatch):
 def test_a_sample_ends_at_its_end_of_text(tmp_path):
     fields = dict(block_size=32, n_layer=1, n_head=2, n_embd=16, vocab_size=N, vocab_used=N)
     model = GPT(GPTConfig(**fields, tie_embeddings=False)).eval()
-    with torch.no_grad():
-        model.transformer.ln_f.weight.zero_()
-        model.transformer.ln_f.bias.zero_()[0] = 1
-        model.lm_head.weight.zero_()[N - 1, 0] = 99  # always the end
-    (tmp_path / "config.json").write_text(json.dumps({"model": asdict(model.config)}))
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    write_step(tmp_path, rig(model, {N - 1: 0}))  # always the end
     own = load.own_tokenizer(tmp_path, model.config)
     config = sample.SampleConfig(str(tmp_path), device="cpu", dtype="float32", num_samples=2)
     assert sample.sample(model, "the house", config, own) == ["", ""]
@@ -303,9 +285,9 @@ def test_a_foreign_model_of_as_many_ids_keeps_its_tokenizer(tmp_path, trained, c
     own = load.own_tokenizer(tmp_path / "theirs", model.config)
     assert own.encode("w5 w300") == [5, 300] and own.eot == N - 1
     capsys.readouterr()
-    assert run(hellaswag.main, tmp_path / "theirs", "--data", trained / "val.jsonl") == 1
+    assert run_main(hellaswag.main, tmp_path / "theirs", "--data", trained / "val.jsonl") == 1
     assert "GPT-2's 50257, this model's vocabulary is 512" in capsys.readouterr().err
-    assert run(export.main, tmp_path / "theirs", "--out", tmp_path / "again") == 0
+    assert run_main(export.main, tmp_path / "theirs", "--out", tmp_path / "again") == 0
     assert not (tmp_path / "again" / "tokenizer.json").exists()
     assert load.vocabulary_of(tmp_path / "again", model.config) is None
 
@@ -328,7 +310,7 @@ def test_training_refuses_another_vocabulary(trained, tmp_path, capsys, changes,
         for split in ("val", "train"):
             np.save(tmp_path / f"x_{split}_000000.npy", np.arange(900, dtype=np.uint16))
     capsys.readouterr()
-    assert run(train_gpt2.main, *training(trained, run_dir=tmp_path / "run", **changes)) == 1
+    assert run_main(train_gpt2.main, *training(trained, run_dir=tmp_path / "run", **changes)) == 1
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -342,6 +324,6 @@ def test_an_id_beyond_the_cut_is_named(trained, tmp_path, capsys):
         (train_gpt2.main, training(trained, data_dir=tmp_path / "data", run_dir=tmp_path / "r")),
         (fineweb.main, ["info", tmp_path / "data"]),
     ):
-        assert run(main, *flags) == 1
+        assert run_main(main, *flags) == 1
         error = capsys.readouterr().err
         assert "holds id 600 at 1; a vocabulary of 512 ends at 511" in error

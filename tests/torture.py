@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a busy machine then slows tiny 
 import numpy as np
 
 from nanoswitch import cli
-from nanoswitch import tokenizer as tokenizer_file
+from nanoswitch.tokenizer import get_tokenizer
 
 STEPS = 12
 KINDS = ("step", "evaluation", "checkpoint")
@@ -106,7 +106,7 @@ class Train:
     script = "train_gpt2"
 
     def __init__(self, folder):
-        tokenizer_file.get_tokenizer()  # a child should not pay for it
+        get_tokenizer()  # a child should not pay for it
         data = folder / "data"
         data.mkdir()
         rng = np.random.default_rng(0)

@@ -1,5 +1,5 @@
-"""The promise: another switch is one class and one line. Each addition below is written into a copy
-of model.py, and everything else must follow: flags and help, counts, weight decay, training,
+"""The promise: another switch is one class and one line. The additions below are written into a
+copy of model.py, and everything else must follow: flags and help, counts, weight decay, training,
 checkpoint and resume, comparison at equal parameters, sampling. The formulas stand here."""
 
 import json
@@ -10,11 +10,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import make_data
+
+import model
+import train_gpt2
+from model import GPT, POSITIONS, GPTConfig
+from nanoswitch import optimizers
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(
@@ -85,66 +90,124 @@ class Gated(Attention):
 )
 
 
+TOY = '''
+class Toy(NoPosition):
+    """The score falls by the square root of the distance."""
+
+    def bias(self, q_pos, k_pos):
+        return -distances(q_pos, k_pos).sqrt()[None].expand(self.nh, -1, -1)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.nh = config.n_head
+'''
+TRY = """
+import torch
+from model import GPT, GPTConfig
+from nanoswitch import cli
+from nanoswitch.cache import KVCache
+
+def main():
+    config = cli.parse(GPTConfig)
+    model, idx = GPT(config).eval(), torch.arange(10)[None]
+    cache, out = KVCache(model, 10), model.generate(idx, 5, temperature=0)
+    assert torch.equal(out, model.generate(idx, 5, temperature=0, use_cache=False))
+    model(idx, idx)[1].backward()
+    print(config.pos)
+"""
+# runs one command after another, so that torch is imported once and not for each of them
+SERVE = """
+import importlib, io, json, sys, traceback
+from contextlib import redirect_stderr, redirect_stdout
+from nanoswitch import cli
+
+for line in sys.stdin:
+    script, *flags = json.loads(line)
+    sys.argv, status = [script + ".py", *flags], 0
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            cli.run(importlib.import_module(script).main)
+        except SystemExit as stop:
+            status = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+    print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+def name_of(code):
+    return re.search(r"class (\w+)", code)[1]
+
+
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("promise") / "data"
-    make_data(folder)
-    return folder
-
-
-@pytest.fixture(params=[GEGLU, T5, GATED], ids=lambda addition: addition.flag, scope="module")
-def added(request, tmp_path_factory):
-    """An addition, and a folder of the scripts with it."""
-    addition, folder = request.param, tmp_path_factory.mktemp(request.param.flag)
+def run(tmp_path_factory):
+    """run(script, *args, **flags) in a copy of the scripts with every addition."""
+    folder = tmp_path_factory.mktemp("scripts")
     source = (ROOT / "model.py").read_text()
-    name = re.search(r"class (\w+)", addition.code)[1]
-    table = f"\n{addition.table} = {{"
-    assert source.count(table) == 1
-    source = source.replace(table, f'\n{addition.code}\n{table}"{name.lower()}": {name}, ')
-    (folder / "model.py").write_text(source)
+    for code, table in (*((a.code, a.table) for a in (GEGLU, T5, GATED)), (TOY, "POSITIONS")):
+        assert source.count(f"\n{table} = {{") == 1
+        entry = f'{table} = {{"{name_of(code).lower()}": {name_of(code)}, '
+        source = source.replace(f"\n{table} = {{", f"\n{code}\n\n{entry}")
     for path in ROOT.glob("*.py"):
-        if path.name != "model.py":
-            shutil.copy(path, folder)
+        shutil.copy(path, folder)
     shutil.copytree(ROOT / "nanoswitch", folder / "nanoswitch")
-    return addition, name.lower(), folder
+    (folder / "model.py").write_text(source)
+    (folder / "try_toy.py").write_text(TRY)
+    (folder / "serve.py").write_text(SERVE)
+    process = subprocess.Popen(
+        [sys.executable, "serve.py"], cwd=folder, text=True,
+        env={"OMP_NUM_THREADS": "1", **os.environ, "COLUMNS": "200"},  # models this small: one core
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+    def run(script, *args, **flags):
+        line = [script, *map(str, args), *(f"--{name}={value}" for name, value in flags.items())]
+        print(json.dumps(line), file=process.stdin, flush=True)
+        status, out, err = json.loads(process.stdout.readline())
+        return SimpleNamespace(status=status, out=out, err=err)
+
+    yield run
+    process.stdin.close()
+    process.wait()
 
 
-def run(folder, script, *args, **flags):
-    line = [sys.executable, f"{folder}/{script}", *map(str, args)]
-    line += [f"--{name}={value}" for name, value in flags.items()]
-    env = os.environ | {"COLUMNS": "200"}
-    return subprocess.run(line, cwd=folder, capture_output=True, text=True, env=env)
+@pytest.fixture(scope="module")
+def passed(run):
+    """The same for a command that must succeed -> what it printed."""
+
+    def passed(*args, **flags):
+        done = run(*args, **flags)
+        assert done.status == 0, done.err
+        return done.out
+
+    return passed
 
 
-def passed(*args, **flags):
-    done = run(*args, **flags)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_one_class_and_one_line_are_a_switch(added, data, tmp_path):
-    addition, name, folder = added
+@pytest.mark.parametrize("addition", [GEGLU, T5, GATED], ids=lambda addition: addition.flag)
+def test_one_class_and_one_line_are_a_switch(addition, run, passed, data, tmp_path):
+    name = name_of(addition.code).lower()
     flags = SIZES | {"data_dir": data, addition.flag: name}
-    assert name in passed(folder, "train_gpt2.py", "--help")
-    wrong = run(folder, "train_gpt2.py", **flags | {addition.flag: name + "x"})
-    assert wrong.returncode == 2 and f"'{name}'" in wrong.stderr
+    assert name in passed("train_gpt2", "--help")
+    wrong = run("train_gpt2", **flags | {addition.flag: name + "x"})
+    assert wrong.status == 2 and f"'{name}'" in wrong.err
 
     # counts: the baseline's by hand, and what the addition has instead
     block = 4 * 32 * 32 + 4 * 32 + 2 * 32 * 128 + 128 + 32 + 4 * 32
     every = 50304 * 32 + 16 * 32 + 2 * block + 2 * 32 + addition.parameters
-    shown = passed(folder, "train_gpt2.py", **flags, dry_run="true")
+    shown = passed("train_gpt2", **flags, dry_run="true")
     assert f"parameters {every:,}" in shown
     flops = int(re.search(r"FLOPs per token ([\d,]+)", shown)[1].replace(",", ""))
     tables = 4 * 32 if addition is T5 else 16 * 32  # looked up, not multiplied
     assert flops == 6 * (every - tables) + 12 * 32 * 2 * 16
 
     # half of the steps, then the rest, is the whole
-    passed(folder, "train_gpt2.py", **flags, run_dir=tmp_path / "whole")
-    passed(folder, "train_gpt2.py", **flags, run_dir=tmp_path / "parts", checkpoint_every=2)
+    passed("train_gpt2", **flags, run_dir=tmp_path / "whole")
+    passed("train_gpt2", **flags, run_dir=tmp_path / "parts", checkpoint_every=2)
     last = tmp_path / "parts" / "step_000004"
     last.rename(tmp_path / "gone")
     (tmp_path / "parts" / "latest").write_text("step_000002\n")
-    passed(folder, "train_gpt2.py", **flags, run_dir=tmp_path / "parts", checkpoint_every=2)
+    passed("train_gpt2", **flags, run_dir=tmp_path / "parts", checkpoint_every=2)
     whole, parts = (
         load_file(tmp_path / n / "step_000004/model.safetensors") for n in ("whole", "parts")
     )
@@ -155,63 +218,76 @@ def test_one_class_and_one_line_are_a_switch(added, data, tmp_path):
     first = torch.load(tmp_path / "whole/step_000004/train_state.pt", weights_only=True)
     for key in addition.own:
         assert first["optimizer"][key]["exp_avg"].abs().max() > 0
-    text = passed(folder, "sample.py", tmp_path / "whole", prompt="", max_new_tokens=4)
+    text = passed("sample", tmp_path / "whole", prompt="", max_new_tokens=4)
     assert "-" * 80 in text
 
 
-@pytest.mark.parametrize("added", [GEGLU, T5], indirect=True, ids=["mlp", "pos"])
-def test_an_added_class_is_matched_and_compared(added, data, tmp_path):
-    addition, name, folder = added
-    (tmp_path / "base.toml").write_text("")
-    (tmp_path / "other.toml").write_text(f'{addition.flag} = "{name}"\n')
-    configs = [tmp_path / "base.toml", tmp_path / "other.toml"]
-    sizes = {k: v for k, v in SIZES.items() if k != "curve"} | {"n_embd": 64}
-    passed(
-        folder, "compare.py", *configs, **sizes, data_dir=data, match="params", out=tmp_path / "out"
-    )
-    found = json.loads((tmp_path / "out/results.json").read_text())["configs"]
-    for row in (name_ for name_ in ("base", "other")):
-        weights = load_file(tmp_path / f"out/runs/{row}/seed_1337/step_000004/model.safetensors")
+@pytest.fixture(scope="module")
+def compared(passed, data, tmp_path_factory):
+    """The folder of a comparison of the baseline, an MLP and an encoding, each a process."""
+    folder = tmp_path_factory.mktemp("compared")
+    (folder / "base.toml").write_text("")
+    for addition in (GEGLU, T5):
+        value = name_of(addition.code).lower()
+        (folder / f"{addition.flag}.toml").write_text(f'{addition.flag} = "{value}"\n')
+    configs = [folder / f"{name}.toml" for name in ("base", "mlp", "pos")]
+    sizes = SIZES | {"n_embd": 64, "jobs": 2, "match": "params"}
+    passed("compare", *configs, **sizes, data_dir=data, out=folder / "out")
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name", ["mlp", "pos"])
+def test_an_added_class_is_matched_and_compared(name, compared):
+    found = json.loads((compared / "results.json").read_text())["configs"]
+    for row in ("base", name):
+        weights = load_file(compared / f"runs/{row}/seed_1337/step_000004/model.safetensors")
         assert found[row]["parameters"] == sum(w.numel() for w in weights.values())
-    ratio = found["other"]["parameters"] / found["base"]["parameters"]
+    ratio = found[name]["parameters"] / found["base"]["parameters"]
     assert abs(ratio - 1) < 0.01
+
+
+def test_another_encoding_is_one_class_and_one_line(run):
+    """The diff: Toy and its line in POSITIONS. Flags, help, checks and the model follow."""
+    sizes = ("--n_layer=1", "--n_head=2", "--n_embd=8", "--vocab_size=64")
+    done = run("try_toy", *sizes, "--pos=toy")
+    assert done.out.strip() == "toy", done.err
+    assert "toy" in run("try_toy", *sizes, "--help").out
+    wrong = run("try_toy", *sizes, "--pos=tox")
+    assert wrong.status == 2 and "'toy'" in wrong.err
+    refused = run("try_toy", *sizes, "--pos=toy", "--attention_kernel=flash")
+    assert refused.status == 2 and "pos 'toy'" in refused.err
 
 
 def test_weight_decay_asks_the_module(tmp_path, monkeypatch):
     """A table of numbers for each distance is no matrix, whatever its shape."""
-    import model as model_file
-    from nanoswitch.optimizers import decays
-
-    space = dict(vars(model_file))
+    space = dict(vars(model))
     exec(T5.code, space)
-    monkeypatch.setitem(model_file.POSITIONS, "t5", space["T5"])
+    monkeypatch.setitem(POSITIONS, "t5", space["T5"])
     sizes = dict(block_size=16, vocab_size=64, vocab_used=64, n_layer=1, n_head=4, n_embd=32)
-    model = model_file.GPT(model_file.GPTConfig(**sizes, pos="t5"))
-    decayed = decays(model)
+    made = GPT(GPTConfig(**sizes, pos="t5"))
+    decayed = optimizers.decays(made)
     assert not decayed["transformer.wpe.table"] and decayed["transformer.h.0.mlp.c_fc.weight"]
-    assert torch.equal(model.transformer.wpe.table, torch.full((4, 32), 0.1))  # its own values
-    plain = decays(model_file.GPT(model_file.GPTConfig(**sizes)))
+    assert torch.equal(made.transformer.wpe.table, torch.full((4, 32), 0.1))  # its own values
+    plain = optimizers.decays(GPT(GPTConfig(**sizes)))
     assert plain["transformer.wpe.weight"]  # GPT-2's positions decay
 
 
 def test_an_optimizer_whose_state_has_other_shapes_resumes(data, tmp_path, monkeypatch):
     """Adafactor (Shazeer and Stern 2018) keeps a row and a column for each matrix."""
-    import train_gpt2 as t
-    from nanoswitch import optimizers
 
     def adafactor(model, config, dtype):
         groups = optimizers.groups_by_decay(model, config)
         return [(torch.optim.Adafactor, groups, {}, 1.0)]
 
     monkeypatch.setitem(optimizers.OPTIMIZERS, "adafactor", adafactor)
-    model = dict(n_layer=2, n_head=4, n_embd=32, block_size=16)
+    sizes = dict(n_layer=2, n_head=4, n_embd=32, block_size=16)
 
     def trainer(run):
-        flags = {k: v for k, v in SIZES.items() if k not in model and k != "curve"}
-        config = t.TrainConfig(
+        flags = {k: v for k, v in SIZES.items() if k not in sizes and k != "curve"}
+        config = train_gpt2.TrainConfig(
             **flags, data_dir=str(data), run_dir=str(run), optimizer="adafactor", curve=False
         )
-        return t.Trainer(t.GPTConfig(**model), config)
+        return train_gpt2.Trainer(GPTConfig(**sizes), config)
 
     whole, parts = trainer(tmp_path), trainer(tmp_path)
     for step in range(4):

@@ -5,13 +5,15 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import formulas
 import pytest
 import torch
+from builders import WINDOWS, tiny
 
-from model import GPT, GPTConfig
+from model import ATTENTIONS, GPT, MLPS, NORMS, POSITIONS, GPTConfig
 from nanoswitch import counts, switches
 from nanoswitch.cache import KVCache
 
@@ -45,6 +47,55 @@ def test_masks_of_other_kinds():
     # a learned bias keeps its own steps for the backward pass too
     kerple = counts.mask_bytes(counts.on_meta(GPTConfig(pos="kerple")))
     assert kerple > 2 * 12 * T * T * 4
+
+
+def analytic_parameters(c):
+    """Without the position encoding's own."""
+    C, hs, norms = c.n_embd, c.n_embd // c.n_head, 2 if c.norm == "layernorm" and c.bias else 1
+    qkv, wide = C + 2 * c.n_kv_head * hs, c.mlp_hidden * (2 if c.mlp == "swiglu" else 1)
+    block = C * qkv + C * C + C * wide + c.mlp_hidden * C + 2 * norms * C
+    if c.bias:
+        block += qkv + C + wide + C
+    heads = 1 if c.tie_embeddings else 2
+    return heads * c.vocab_size * C + c.n_layer * block + norms * C
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "relu2", "swiglu"])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_parameters_and_flops_follow_the_formulas(norm, mlp):
+    for pos, bias, tied, nkv, (window, pattern) in product(
+        POSITIONS, (True, False), (True, False), (4, 1), WINDOWS
+    ):
+        config = tiny(
+            pos=pos,
+            norm=norm,
+            mlp=mlp,
+            bias=bias,
+            tie_embeddings=tied,
+            n_kv_head=nkv,
+            window=window,
+            window_pattern=pattern,
+        )
+        model, N = GPT(config), analytic_parameters(config)
+        table = sum(p.numel() for p in model.transformer.wpe.parameters())
+        if pos == "learned":
+            assert table == 24 * 16
+        assert model.num_params() == N + table
+        if not tied:
+            N -= 61 * 16  # the embedding is a look-up: only the head multiplies
+        spans = {"": [window] * 2, "SL": [3, 0], "LSS": [0, 3]}[pattern]
+        for T in (24, 2):
+            keys = sum(min(w, T) if w else T for w in spans)
+            network = T * table if pos == "fire" else 0  # once for every key
+            assert counts.flops_per_token(model, T) == 6 * (N + network) + 12 * 16 * keys
+        assert counts.flops_per_token(model) == counts.flops_per_token(model, 24)
+
+
+def test_gpt2_has_124_million_parameters():
+    model = counts.on_meta(GPTConfig(vocab_size=50257))
+    assert model.num_params() == 124_439_808
+    # 6 N + 12 n_layer n_embd T, N without the 1024 x 768 positions
+    assert counts.flops_per_token(model) == 6 * (124_439_808 - 786_432) + 12 * 12 * 768 * 1024
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -119,8 +170,6 @@ def test_readme_table_is_current():
 
 
 def test_every_choice_of_a_switch_has_a_row():
-    from model import ATTENTIONS, MLPS, NORMS, POSITIONS
-
     shown = {(k, v) for _, changes, *_ in switches.ROWS for k, v in changes.items()}
     base = GPTConfig()
     for field, table in dict(pos=POSITIONS, norm=NORMS, mlp=MLPS, attention=ATTENTIONS).items():

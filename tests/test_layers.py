@@ -1,7 +1,8 @@
 """Imports run down only: each file may import those of earlier layers, and of its own those that
-stand before it."""
+stand before it. And model.py imports nothing that is optional."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -44,3 +45,15 @@ def test_imports_run_down_only():
                 continue
             assert not function, f"{path.name}: {function} imports {name} lazily"
             assert ORDER.index(name) < ORDER.index(path.stem), f"{path.name} imports {name}"
+
+
+def test_importing_model_is_quiet_and_light():
+    """No optional package is needed to import it."""
+    tree = ast.parse((ROOT / "model.py").read_text())
+    names = [
+        (n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).split(".")[0]
+        for n in tree.body
+        if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    assert not {"transformers", "huggingface_hub", "datasets", "tiktoken", "wandb"} & set(names)
+    assert not re.search(r"\bprint\(", (ROOT / "model.py").read_text())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import make_data
+from tiny_runs import make_data
 
 from model import GPTConfig
 from nanoswitch import cards, counts, micro_batch

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 try:
@@ -99,6 +100,13 @@ def pointer_hint(path):
     except OSError:
         is_pointer = False
     return "; it is a Git LFS pointer, fetch the file itself: git lfs pull" if is_pointer else ""
+
+
+def say(note):
+    """Print a line to stderr, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(note, file=sys.stderr)
 
 
 def first_line(error):

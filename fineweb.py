@@ -1,7 +1,9 @@
 """python fineweb.py --source HuggingFaceFW/fineweb-edu --name sample-10BT --out data/fineweb-edu
 
     python fineweb.py --source pydocs --out data/pydocs     # no network needed
-    python fineweb.py --source my_texts/ --out data/mine    # parquet, jsonl[.gz|.zst], txt
+    python fineweb.py --source my_texts/ --out data/mine    # txt, md, csv, jsonl, parquet ...
+    python fineweb.py --source reviews.csv.gz --text_column review
+    python fineweb.py --source https://example.org/texts.jsonl.zst
     python fineweb.py --pretokenized kjj0/finewebedu10B-gpt2 --out data/ready --max_tokens 500000000
     python fineweb.py --source pydocs --vocab_size 4096     # for a model small enough for a laptop
     python fineweb.py info data/mine                        # count and check the shards
@@ -30,14 +32,15 @@ from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from nanoswitch import cli
-from nanoswitch.files import first_line, locked, pointer_hint, sha256, write_beside
+from nanoswitch.files import first_line, locked, pointer_hint, say, sha256, write_beside
 from nanoswitch.hub import FINEWEB, FINEWEB_SUBSET, check_inside, hub_download, hub_files
 from nanoswitch.pydocs import write_pydocs
-from nanoswitch.readers import READERS
+from nanoswitch.readers import PREFERRED, READABLE, READERS, choose_files, ending, is_hidden
 from nanoswitch.shards import (
     MANIFEST,
     check_ids,
@@ -59,6 +62,7 @@ from nanoswitch.tokenizer import (
     get_tokenizer,
     utf8,
 )
+from nanoswitch.web import fetch, is_address
 
 VAL_TOKENS = 10_485_760  # the automatic val shard: 20 batches of 2^19 tokens
 BATCH_BYTES = 1 << 21  # text in one encoding task; bounds memory and amortises the thread hop
@@ -75,10 +79,16 @@ Source = namedtuple("Source", "files identity fetch remote")  # files: [[name, b
 @dataclass
 class Config:
     source: str = FINEWEB
-    """a hub dataset; a local parquet, jsonl, jsonl.gz, jsonl.zst or txt file, or a folder of them;
-    or pydocs: the documentation inside the installed Python packages"""
+    """a hub dataset; a local file, a folder of them, of any kinds, or the http(s) address of one:
+    parquet, arrow, feather, jsonl, ndjson, json, csv, tsv, txt, md, also packed by gz, zst, bz2 or
+    xz, or a zip or tar of such files; or pydocs: the documentation inside the installed Python
+    packages. In a folder, hidden files and those of other kinds are passed over and named"""
     name: str = FINEWEB_SUBSET
-    """subset of a hub dataset; "" takes every parquet file of its train split"""
+    """subset of a hub dataset; "" takes every file of its train split. Parquet files if it has any,
+    else arrow, jsonl, csv, tsv, json, txt, md, zip or tar, the first of these that it has"""
+    text_column: str = "text"
+    """column, or key of a JSON object, that holds the texts. A file without a text column gives its
+    column content or document, else the only one of strings: a line says so, the manifest too"""
     pretokenized: str = ""
     """fetch the ready .bin shards of this hub dataset instead of tokenising a source"""
     out: str = ""
@@ -121,12 +131,14 @@ class Config:
         self.first, self.parts = int(part[1]), int(part[2])
         # in the name of everything that a part leaves in the folder
         self.tag = f"_part{self.first:03d}of{self.parts:03d}" if self.part else ""
-        tokenising = ("shard_tokens", "val_tokens", "format", "part", "vocab_size")
+        tokenising = ("text_column", "shard_tokens", "val_tokens", "format", "part", "vocab_size")
         for name in ("source", "name", *tokenising):
             if self.pretokenized and getattr(self, name) != getattr(Config, name):
                 raise ValueError(f"--{name} has no effect on --pretokenized shards: leave it out")
         if not self.out:
-            stem = os.path.basename((self.pretokenized or self.source).rstrip("/"))
+            source = self.pretokenized or self.source
+            source = urlsplit(source).path if is_address(source) else source
+            stem = os.path.basename(source.rstrip("/"))
             self.out = os.path.join("data", stem.split(".")[0])
         self.downloads = os.path.join(self.out, f"downloads{self.tag}")
 
@@ -161,21 +173,30 @@ def info(folder):
         print("unfinished: run the same command again to continue")
 
 
-def read_source(source, position):
+def read_source(source, position, column="text", taken=None):
     """Yield Records from a resume position on; done is the fraction of the source's bytes read.
 
     Yields None before a file that must first be downloaded, so that the encoders can finish
-    what they have: it may already be enough.
+    what they have: it may already be enough. taken: {file: its column of texts} where that is not
+    `column`, filled as files are opened.
     """
+    taken, said = {} if taken is None else taken, set()
     sizes = [size for _, size in source.files]
     before = [0, *itertools.accumulate(sizes)]
     for i in range(position["file"], len(sizes)):
         if source.remote and i > position["file"]:
             yield None
         path, start = source.fetch(i), position["record"] if i == position["file"] else 0
-        reader = next(READERS[suffix] for suffix in READERS if path.endswith(suffix))
+        reader = READERS[ending(path)]
+
+        def took(name, i=i, path=path):
+            taken[i] = name
+            if name not in said:
+                say(f"{path} has no '{column}' column: takes '{name}', else give --text_column")
+            said.add(name)
+
         try:
-            for number, text, is_start, part in reader(path, start):
+            for number, text, is_start, part in reader(path, start, column, took):
                 if not isinstance(text, str | bytes | None):
                     raise ValueError(f"record {number} has a {type(text).__name__} as its text")
                 text = utf8(text) if isinstance(text, str) else text or b""
@@ -183,6 +204,8 @@ def read_source(source, position):
                 yield Record(i, number, text, is_start, done)
         except Exception as error:  # every reader library raises kinds of its own
             why = first_line(error) + pointer_hint(path)
+            if re.search("codec can't decode|UTF-?8", why):
+                why += "; write it in UTF-8: iconv -f latin1 -t utf-8"
             raise ValueError(f"cannot read {path}: {why}") from error
 
 
@@ -204,36 +227,62 @@ def open_whole(config, recorded):
         path = write_pydocs(config.downloads)
         files = [[path, os.path.getsize(path)]]
         return Source(files, {"sha256": sha256(path)}, lambda i: path, remote=False)
+    if is_address(config.source):
+        path = fetch(config.source, config.downloads)
+        files = [[os.path.basename(path), os.path.getsize(path)]]
+        return Source(files, {"sha256": sha256(path)}, lambda i: path, remote=False)
     if is_local(config.source):
         paths = [config.source]
         if os.path.isdir(config.source):
-            found = (os.path.join(d, n) for d, _, names in os.walk(config.source) for n in names)
-            paths = sorted(path for path in found if path.endswith(tuple(READERS)))
-        if not paths or not paths[0].endswith(tuple(READERS)):
-            raise ValueError(f"no {', '.join(READERS)} file at {config.source}")
+            paths = find_texts(config.source, config.out)
+        if not paths or not ending(paths[0]):
+            raise ValueError(f"no {READABLE} file at {config.source}")
         files = [[os.path.relpath(p, config.source), os.path.getsize(p)] for p in paths]
         return Source(files, {"files": files}, lambda i: paths[i], remote=False)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.source):
         raise ValueError(f"no file, folder or hub dataset (OWNER/NAME) is called {config.source}")
-    identity = recorded or hub_files(config.source, ".parquet", config.name)
+    identity = recorded or hub_files(config.source, PREFERRED, config.name)
     for name, _ in identity["files"]:  # downloads are removed by these names
         check_inside(name, config.source)
-    fetch = functools.partial(fetch_parquet, config.source, identity, config.downloads)
-    return Source(identity["files"], identity, fetch, remote=True)
+    get = functools.partial(fetch_file, config.source, identity, config.downloads)
+    return Source(identity["files"], identity, get, remote=True)
 
 
 def is_local(source):
     return source != "pydocs" and os.path.exists(source)
 
 
-def fetch_parquet(repo, identity, folder, i):
-    import pyarrow.parquet as pq
+def find_texts(folder, out):
+    """The paths of the files in a folder that hold texts, sorted; says which it passes over. What
+    lies in `out`, the shards' own folder, is none."""
+    found, out = [], os.path.realpath(out)
+    for place, folders, names in os.walk(folder):
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
+        hidden = [name for name in folders if is_hidden(name)]
+        found += [os.path.relpath(os.path.join(place, name), folder) + os.sep for name in hidden]
+        own = [name for name in folders if os.path.realpath(os.path.join(place, name)) == out]
+        folders[:] = set(folders) - {*hidden, *own}
+    texts, *passed = choose_files(found)
+    kinds = ("hidden", "about the others", "of kinds that are not read")
+    parts = [f"{len(n)} {kind} ({listed(n)})" for n, kind in zip(passed, kinds, strict=True) if n]
+    if parts:
+        say(f"{folder}: passed over {'; '.join(parts)}")
+    return sorted(os.path.join(folder, name) for name in texts)
 
+
+def listed(names, most=5):
+    return ", ".join(sorted(names)[:most]) + ", ..." * (len(names) > most)
+
+
+def fetch_file(repo, identity, folder, i):
     def check(path):
+        import pyarrow.parquet as pq
+
         with pq.ParquetFile(path):  # ValueError when its footer is damaged
             pass
 
     name, revision = identity["files"][i][0], identity["revision"]
+    check = check if name.lower().endswith(".parquet") else None
     return hub_download(repo, name, folder, revision=revision, check=check)
 
 
@@ -383,6 +432,8 @@ def open_manifest(config):
     if is_local(config.source):
         settings["source"] = os.path.abspath(config.source)
     manifest = manifests.pop(f"manifest{config.tag}.json", None)
+    if manifest and not manifest["shards"] and manifest["settings"] != settings:
+        manifest = None  # it ended before the first shard: nothing holds these settings
     for other in manifests.values():
         check_settings(config, settings, other, own=False)
     if manifest is None:
@@ -450,7 +501,8 @@ def tokenize(config, manifest):
     if config.tokenizer == "gigatoken" and not by_gigatoken:
         needed = " ".join(f"{name}=={version}" for name, version in PROVEN.items())
         raise ValueError(f"--tokenizer gigatoken needs `pip install {needed}`")
-    records, workers = read_source(source, position), config.workers or os.cpu_count() or 1
+    workers, taken = config.workers or os.cpu_count() or 1, {}
+    records = read_source(source, position, config.text_column, taken)
     batches = encode_source(records, workers, by_gigatoken, config.vocab_size)
     batches = trim(batches, position["token"], left)
     batches = show_progress(batches, manifest["tokens"], limit)
@@ -464,6 +516,9 @@ def tokenize(config, manifest):
         made = (config.out, index, parts, config.format, config.tag, config.vocab_size)
         shards.append(write_shard(*made))
         manifest["position"] = position
+        # of files beyond it nothing is in a shard yet, and the reading may be ahead
+        columns = {source.files[i][0]: taken[i] for i in taken if i <= position["file"]}
+        manifest["text_columns"] |= columns
         save_manifest(config, manifest)
         for name, _ in source.files[: position["file"]] if source.remote else []:
             if not config.keep_downloads:  # no resume needs these files again
@@ -474,7 +529,7 @@ def tokenize(config, manifest):
 def fetch_pretokenized(config, manifest):
     """Ready .bin shards of a hub dataset -> config.out: val, then train until max_tokens."""
     repo, shards = config.pretokenized, manifest["shards"]
-    manifest["source"] = manifest["source"] or hub_files(repo, ".bin")
+    manifest["source"] = manifest["source"] or hub_files(repo, [(".bin",)])
     save_manifest(config, manifest)
     names = [name for name, _ in manifest["source"]["files"] if shard_split(name)]
     for name in sorted(names, key=lambda name: (shard_split(name) == "train", name)):

@@ -14,6 +14,7 @@ import sys
 import time
 
 from nanoswitch.files import first_line
+from nanoswitch.readers import choose_files
 
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 BACKOFF_SECONDS, TRIES = 1.0, 6  # waits of 1, 2, 4, 8, 16 seconds (plus jitter)
@@ -21,28 +22,36 @@ OFFLINE = "without a network use --source pydocs or a local file or folder"
 answered = False  # whether the hub has answered this process
 
 
-def hub_files(repo, suffix, subset=""):
-    """{"revision": commit, "files": [[path, bytes], ...]} of a hub dataset, or of one subset."""
+def hub_files(repo, kinds, subset=""):
+    """{"revision": commit, "files": [[path, bytes], ...]} of a hub dataset, or of one subset: those
+    of the first of `kinds`, tuples of endings, that it has."""
     from huggingface_hub import HfApi
 
     api, kind = HfApi(), {"repo_type": "dataset"}
     about = with_retries(f"dataset {repo}", lambda: api.repo_info(repo, **kind))
     options = {"recursive": True, "revision": about.sha, **kind}
     tree = with_retries(f"dataset {repo}", lambda: list(api.list_repo_tree(repo, **options)))
-    files = sorted([f.path, f.size] for f in tree if f.path.endswith(suffix))
+    files = sorted([f.path, f.size] for f in tree if hasattr(f, "size"))  # the others are folders
+    if (".bin",) not in kinds:
+        texts = set(choose_files([name for name, _ in files if name != "README.md"])[0])
+        files = [file for file in files if file[0] in texts]
     # a dataset's card maps its subsets to paths; FineWeb keeps sample-10BT in sample/10BT
     cards = {c["config_name"]: str(c) for c in (about.card_data or {}).get("configs") or []}
     paths = [subset + "/*", subset.replace("-", "/", 1) + "/*"]
     paths = re.findall(r"[\w./*-]+[/*.][\w./*-]+", cards.get(subset, "")) or paths
     chosen = [f for f in files if any(fnmatch.fnmatch(f[0], path) for path in paths)]
-    if not subset or (not chosen and subset == FINEWEB_SUBSET and repo != FINEWEB):
-        chosen = files  # the default subset is FineWeb's: of another dataset take everything
-    if suffix == ".parquet":
-        chosen = [f for f in chosen if "train" in f[0]] or chosen
-    if not chosen:
-        known = f"; it has {', '.join(cards)}" if cards else ""
-        raise ValueError(f"dataset {repo} has no {suffix} files for --name {subset}{known}")
-    return {"revision": about.sha, "files": chosen}
+    for endings in kinds:
+        some = [f for f in chosen if f[0].lower().endswith(endings)]
+        if not subset or (not some and subset == FINEWEB_SUBSET and repo != FINEWEB):
+            # the default subset is FineWeb's: of another dataset take everything
+            some = [f for f in files if f[0].lower().endswith(endings)]
+        if endings != (".bin",):
+            some = [f for f in some if "train" in f[0]] or some
+        if some:
+            return {"revision": about.sha, "files": some}
+    known = f"; it has {', '.join(cards)}" if cards else ""
+    what = ", ".join(endings[0] for endings in kinds)
+    raise ValueError(f"dataset {repo} has no {what} files for --name {subset}{known}")
 
 
 def check_inside(filename, repo):

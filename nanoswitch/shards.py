@@ -23,6 +23,7 @@ MANIFEST = {  # manifest.json of a run that has done nothing yet
     "documents": 0,
     "done": False,
     "position": {"file": 0, "record": 0, "token": 0},  # where the next shard begins
+    "text_columns": {},  # {file: its column of texts} where that is not --text_column
     "shards": [],  # {"file", "split", "tokens", "documents", "sha256"} of each finished one
 }
 
@@ -179,7 +180,7 @@ def read_manifests(out):
         path = os.path.join(out, name)
         try:
             with open(path, encoding="utf-8") as file:
-                manifest = json.load(file)
+                manifest = {"text_columns": {}} | json.load(file)  # older ones have none
             manifests[name] = {key: manifest[key] for key in MANIFEST}
         except (ValueError, KeyError, TypeError) as error:
             hint = "restore it, or delete the folder and start again"

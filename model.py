@@ -596,6 +596,13 @@ class GELU(MLP):
         return F.gelu(x, approximate="tanh")
 
 
+class GELUErf(MLP):
+    """x times the normal distribution function of x: nanoGPT's, GPT-NeoX's."""
+
+    def activation(self, x):
+        return F.gelu(x)
+
+
 class ReLU2(MLP):
     """Squared ReLU (So et al. 2021)."""
 
@@ -620,7 +627,7 @@ class SwiGLU(MLP):
         return F.silu(gate) * up
 
 
-MLPS = {"gelu": GELU, "relu2": ReLU2, "swiglu": SwiGLU}
+MLPS = {"gelu": GELU, "gelu_erf": GELUErf, "relu2": ReLU2, "swiglu": SwiGLU}
 
 
 class Block(nn.Module):

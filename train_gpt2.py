@@ -24,7 +24,7 @@ import torch
 
 import hellaswag
 from model import GPT, GPTConfig
-from nanoswitch import cards, checkpoints, cli, curves, micro_batch
+from nanoswitch import cards, checkpoints, cli, curves, micro_batch, surgery
 from nanoswitch.cards import named_card
 from nanoswitch.cli import at_least
 from nanoswitch.counts import flops_per_token, on_meta
@@ -66,7 +66,12 @@ class TrainConfig:
     run_dir: str = "runs/gpt2"
     """folder of this run: its log and checkpoints"""
     init_from: str = ""
-    """start from these weights and their architecture: a checkpoint, folder or hub name"""
+    """start from these weights: a checkpoint, folder or hub name. Switches that are given change
+    them where that can be done, all others stay the checkpoint's"""
+    init_heads: Literal["mean", "first", "random"] = "mean"
+    """how init_from makes fewer key and value heads: their mean, the first of each group, or new"""
+    init_layers: Literal["even", "first", "last"] = "even"
+    """which layers stay where init_from has more: evenly spaced ones, the first or the last"""
     seed: int = 1337
     """seed of the initial weights, the data order, dropout and samples"""
     device: str = "auto"
@@ -168,16 +173,6 @@ def can_compile(device):
     return True
 
 
-def refuse_conflicts(given, loaded, init_from):
-    """ValueError where flags ask for another architecture than the loaded checkpoint has."""
-    for name, default in asdict(GPTConfig()).items():
-        wish, has = getattr(given, name), getattr(loaded, name)
-        if wish not in (default, has):
-            raise ValueError(
-                f"--init_from {init_from} brings {name} {has}, not {wish}: leave --{name} out"
-            )
-
-
 def learning_rate(step, config, max_steps):
     """The rate of update `step`, 0-based."""
     if step < config.warmup_steps:
@@ -201,7 +196,7 @@ class Plan:
     what they cost. ValueError for what cannot be trained."""
 
     def __init__(self, model_config, config):
-        self.config, self.card = config, named_card(config.device)
+        self.config, self.card, self.surgery = config, named_card(config.device), None
         if self.card and not config.dry_run:
             raise ValueError(f"device {config.device} is a card to plan for: add --dry_run true")
         self.ranks = Ranks("cpu" if self.card else config.device)
@@ -211,9 +206,9 @@ class Plan:
             self.dtype = self.card.dtype
         tune_cpu(self.device)
         if config.init_from:
-            loaded = load_config(config.init_from)
-            refuse_conflicts(model_config, loaded, config.init_from)
-            model_config = loaded
+            wanted, loaded = surgery.wishes(model_config), load_config(config.init_from)
+            self.surgery = surgery.plan(loaded, wanted, config)
+            model_config = self.surgery.new
         self.model_config = c = model_config
         if c.attention_kernel == "flex" and self.device.type != "cuda" and not self.card:
             raise ValueError(
@@ -256,6 +251,13 @@ class Plan:
             )
         return windows
 
+    @property
+    def origin(self):
+        """Where the weights came from, for the log and every checkpoint; or nothing."""
+        if not self.surgery:
+            return {}
+        return {"init_from": self.config.init_from, "surgery": self.surgery.lines}
+
     @functools.cached_property
     def data_sha256(self):
         return hashlib.sha256(self.train.some() + self.val.some()).hexdigest()
@@ -275,6 +277,7 @@ class Plan:
         device = self.config.device if self.card else device
         steps = self.batch_windows // ranks.world // size
         return [
+            *(f"from {c.init_from}: {line}" for line in self.origin.get("surgery", ())),
             f"parameters {model.num_params():,}  training FLOPs per token "
             f"{flops_per_token(model):,}",
             f"device {device} x {ranks.world}  dtype {str(self.dtype)[6:]}",
@@ -321,7 +324,7 @@ class Trainer(Plan):
             torch.set_float32_matmul_precision("high")  # fp32 products in TF32
         torch.manual_seed(config.seed)
         init = config.init_from
-        model = GPT.from_pretrained(init) if init else GPT(self.model_config)
+        model = surgery.begin(init, self.surgery) if init else GPT(self.model_config)
         self.model = place(model, config.parallel, self.ranks, self.dtype).train()
         self.optimizers = make_optimizers(self.model, config, self.ranks, self.dtype)
         self.scaler = torch.amp.GradScaler(
@@ -444,7 +447,7 @@ class Trainer(Plan):
         config = {
             "model": asdict(self.model_config), "train": asdict(self.config), "step": step,
             "tokens": step * self.config.total_batch_tokens, "data_tokens": self.train.tokens,
-            "data_sha256": self.data_sha256,
+            "data_sha256": self.data_sha256, **self.origin,
         }  # fmt: skip
         state = {"optimizer": moments, "scaler": self.scaler.state_dict()}
         checkpoints.save(run, step, weights, state, config, self.config.keep_checkpoints)
@@ -496,7 +499,7 @@ def train(trainer):
             event="resume" if start else "start", step=start,
             config=asdict(trainer.model_config) | asdict(config),
             parameters=trainer.model.num_params(), steps=last, data_sha256=trainer.data_sha256,
-            **provenance(), seed=config.seed,
+            **trainer.origin, **provenance(), seed=config.seed,
             device=str(trainer.device), dtype=str(trainer.dtype)[6:], world=ranks.world,
         )  # fmt: skip
         examples = load_examples(config, ranks, trainer.train.vocab)
@@ -574,7 +577,11 @@ def save(trainer, run, log, done, must):
 
 
 def main():
-    model_config, config = cli.parse(GPTConfig, TrainConfig, configs=True, description=__doc__)
+    given = cli.given(configs=True)
+    # beside --init_from flags are wishes: what they leave open, the checkpoint says
+    flags = surgery.Wishes if given.get("init_from") else GPTConfig
+    model_config, config = cli.parse(flags, TrainConfig, configs=True, description=__doc__)
+    model_config.given = given
     if config.dry_run:
         plan = Plan(model_config, config)
         with plan.ranks:

@@ -75,6 +75,14 @@ def parse(*classes, argv=None, description=None, configs=False):
     return result if len(classes) == 1 else tuple(getattr(result, c.__name__) for c in classes)
 
 
+def given(argv=None, configs=False):
+    """{name: value as text} of what a command line and its config files say, the last of each:
+    parse() alone cannot tell a default that was asked for from one that was not."""
+    flags, positional, _ = split_argv(sys.argv[1:] if argv is None else argv)
+    read = [pair for path in positional for pair in read_toml(path)] if configs else []
+    return {name: value for _, name, value in read + flags}
+
+
 def split_argv(argv):
     """Command line -> [(origin, name, value)], [positional], whether help was asked for."""
     flags, positional, tokens = [], [], iter(argv)

@@ -50,6 +50,8 @@ ROWS = [
      "three matrices: hidden must be 8/3 n_embd, or the comparison is with a larger model"),
     ("mlp relu2", {"mlp": "relu2"}, "So et al. 2021", "sparse activations, cheap",
      "unbounded: watch fp16"),
+    ("mlp gelu_erf", {"mlp": "gelu_erf"}, "Hendrycks and Gimpel 2016",
+     "nanoGPT's and GPT-NeoX's weights as they are", "within 0.0005 of gelu: no better"),
     ("window 256", {"window": 256}, "Beltagy et al. 2020; Jiang et al. 2023",
      "a cache that stops growing", "W counts the query's own token; far facts only through layers"),
     ("window 256, SSSL", {"window": 256, "window_pattern": "SSSL"}, "Brown et al. 2020",

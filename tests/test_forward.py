@@ -56,7 +56,16 @@ def naive_rope(x, p, theta):
 NAIVE_NORM = {"layernorm": naive_layernorm, "rmsnorm": naive_rmsnorm}
 
 
-NAIVE_MLP = {"gelu": naive_gelu, "relu2": naive_relu2, "swiglu": naive_swiglu}
+def naive_gelu_erf(x):
+    return torch.tensor([v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x])
+
+
+NAIVE_MLP = {
+    "gelu": naive_gelu,
+    "gelu_erf": naive_gelu_erf,
+    "relu2": naive_relu2,
+    "swiglu": naive_swiglu,
+}
 
 
 def naive_sinusoidal(p, C):

@@ -22,13 +22,17 @@ from model import GPTConfig
 from nanoswitch.counts import on_meta
 from nanoswitch.files import read_json
 from nanoswitch.hub import hub_download, with_retries
-from nanoswitch.tokenizer import N_VOCAB, gpt2_json
-from nanoswitch.weights import check_whole, empty, fill, read_safetensors
+from nanoswitch.tokenizer import EOT, N_VOCAB, gpt2_json, has_gpt2_vocabulary
+from nanoswitch.weights import check_whole, empty, fill, read_safetensors, read_torch
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OLD_WEIGHTS, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 OFFLINE = "weights load from safetensors only, and without a network only from a folder"
 # buffers of older uploads: the causal mask, RoPE's wavelengths
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+BUFFERS = (
+    ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -70,6 +74,10 @@ class Layout:
     """config.json key -> its value where it is absent"""
     rearrange: Callable = lambda name, w, config, reading: w
     """(our name, w, config, reading or writing) -> w in the other's order of elements"""
+    act: str = ""
+    """config.json key of the activation, where both of our GELUs can be"""
+    unbiased: tuple = ()
+    """their modules without a bias where others have one: ours has one of zeros"""
 
 
 GPT2_KEYS = {
@@ -92,7 +100,8 @@ LLAMA_MODULES = {
     "attn.c_proj": "self_attn.o_proj",
     "mlp.c_fc": "mlp.gate_proj mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
 }  # fmt: skip
-TANH = ("gelu_new", "gelu_pytorch_tanh")  # two names of our GELU
+TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names of GPT-2's GELU
+ACTIVATIONS = dict.fromkeys(TANH, "gelu") | {"gelu": "gelu_erf"}
 LAYOUTS = {
     "gpt2": Layout(
         "GPT2LMHeadModel", "transformer", "h",
@@ -100,10 +109,10 @@ LAYOUTS = {
                                  "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
         GPT2_KEYS | {"block_size": "n_positions", "n_embd": "n_embd", "mlp_hidden": "n_inner"},
         GPT2_SWITCHES | {"pos": ("learned", "sinusoidal", "none")},
-        {"activation_function": TANH, "scale_attn_weights": (True,),
-         "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
-        {"n_inner": None, "tie_word_embeddings": True},
-        conv1d,
+        {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+         "add_cross_attention": (False,)},
+        {"n_inner": None, "tie_word_embeddings": True, "activation_function": TANH[0]},
+        conv1d, "activation_function",
     ),
     "llama": Layout(
         "LlamaForCausalLM", "model", "layers", LLAMA_MODULES,
@@ -124,8 +133,9 @@ LAYOUTS = {
         LLAMA_MODULES | {"mlp.c_fc": "mlp.c_fc", "mlp.c_proj": "mlp.c_proj"},
         LLAMA_KEYS | {"norm_eps": "norm_epsilon", "window": "sliding_window"},
         GPT2_SWITCHES | {"pos": ("rope",)},
-        {"hidden_act": TANH[::-1], "use_bias": (True,)},
-        {"tie_word_embeddings": True, "sliding_window": None},
+        {"use_bias": (True,)},
+        {"tie_word_embeddings": True, "sliding_window": None, "hidden_act": TANH[1]},
+        act="hidden_act",
     ),
     "bloom": Layout(
         "BloomForCausalLM", "transformer", "h",
@@ -141,6 +151,32 @@ LAYOUTS = {
     ),
 }  # fmt: skip
 
+# read, but not written: another layout holds all that these can
+READ_ONLY = {
+    "qwen2": Layout(
+        "Qwen2ForCausalLM", "model", "layers", LLAMA_MODULES, LLAMA_KEYS,
+        LLAMA_SWITCHES | {"bias": (True,)},
+        {"hidden_act": ("silu",), "use_sliding_window": (False,)},
+        {"num_key_value_heads": None, "tie_word_embeddings": False},
+        unbiased=("o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
+    "gpt_neox": Layout(
+        "GPTNeoXForCausalLM", "gpt_neox", "layers",
+        {"wte": "embed_in", "ln_f": "final_layer_norm",
+         "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
+         "attn.c_attn": "attention.query_key_value", "attn.c_proj": "attention.dense",
+         "mlp.c_fc": "mlp.dense_h_to_4h", "mlp.c_proj": "mlp.dense_4h_to_h"},
+        {name: key for name, key in LLAMA_KEYS.items() if name != "n_kv_head"}
+        | {"norm_eps": "layer_norm_eps"},
+        GPT2_SWITCHES | {"pos": ("rope",)},
+        {"use_parallel_residual": (False,), "attention_bias": (True,)},
+        {"use_parallel_residual": True, "rotary_pct": 0.25, "rotary_emb_base": 10000,
+         "tie_word_embeddings": False, "hidden_act": "gelu"},
+        per_head, "hidden_act",
+    ),
+}  # fmt: skip
+REFUSED = {"qwen3": "its norms of queries and keys have weights, those of qk_norm have none"}
+
 
 def misfits(config, layout):
     """{GPTConfig field: the values that the layout has for it} of each that differs."""
@@ -151,6 +187,8 @@ def misfits(config, layout):
         "logit_softcap": (0,), "document_mask": (False,),
     }  # fmt: skip
     has = {k: v for k, v in (plain | layout.switches).items() if k not in layout.keys}
+    if layout.act:
+        has["mlp"] = ("gelu", "gelu_erf")
     return {name: values for name, values in has.items() if getattr(config, name) not in values}
 
 
@@ -206,10 +244,16 @@ def to_ours(weights, config, layout, origin):
     state = parameters(config)
     expected, weights = to_theirs(state, config, layout), dict(weights)
     for name in list(weights):
-        if name.endswith(BUFFERS) or (name == "lm_head.weight" and config.tie_embeddings):
+        head = name in ("lm_head.weight", "embed_out.weight")  # the second is GPT-NeoX's
+        if name.endswith(BUFFERS) or (head and config.tie_embeddings):
             del weights[name]
+        elif head:
+            weights["lm_head.weight"] = weights.pop(name)
         elif not name.startswith((f"{layout.stem}.", "lm_head.")):  # as the hub's gpt2 has it
             weights[f"{layout.stem}.{name}"] = weights.pop(name)
+    for name in expected.keys() - weights.keys():
+        if name.endswith(tuple(f".{part}.bias" for part in layout.unbiased)):
+            weights[name] = torch.zeros(expected[name].shape)
     for word, names in (("lacks", expected.keys() - weights.keys()),
                         ("has unknown", weights.keys() - expected.keys())):  # fmt: skip
         if names:
@@ -239,9 +283,11 @@ def read_config(folder):
     """config.json -> GPTConfig and Layout."""
     hf = read_json(folder / "config.json")
     kind = hf.get("model_type") if isinstance(hf, dict) else None
-    if kind not in LAYOUTS:
-        raise ValueError(f"{folder}: model_type '{kind}' is none of: {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[kind]
+    layouts = LAYOUTS | READ_ONLY
+    if kind not in layouts:
+        reason = f", for {REFUSED[kind]}" if kind in REFUSED else ""
+        raise ValueError(f"{folder}: model_type '{kind}' is none of: {', '.join(layouts)}{reason}")
+    layout = layouts[kind]
     for old, new in {"n_embed": "hidden_size", "num_attention_heads": "n_head"}.items():
         if new in layout.keys.values() and old in hf:  # Bloom's first uploads
             hf.setdefault(new, hf[old])
@@ -250,16 +296,26 @@ def read_config(folder):
         if hf[key] not in values:
             known = " or ".join(map(str, values))
             raise ValueError(f"{folder}: {key} '{hf[key]}' has no switch here, only {known}")
-    if hf.get("mlp_bias", False) != hf.get("attention_bias", False):
+    if layout.act and hf[layout.act] not in ACTIVATIONS:
+        known = " or ".join(ACTIVATIONS)
+        raise ValueError(
+            f"{folder}: {layout.act} '{hf[layout.act]}' has no switch here, only {known}"
+        )
+    if kind == "llama" and hf.get("mlp_bias", False) != hf["attention_bias"]:
         raise ValueError(f"{folder}: attention_bias and mlp_bias differ; here one switch is both")
     try:
         fields = {ours: 0 if hf[key] is None else hf[key] for ours, key in layout.keys.items()}
         fields |= {name: values[0] for name, values in layout.switches.items()}
+        if layout.act:
+            fields["mlp"] = ACTIVATIONS[hf[layout.act]]
         if fields["pos"] == "rope":
             fields |= read_rope(hf, folder)
         # a foreign folder does not say which rows only pad
         fields["vocab_used"] = hf.get("vocab_used", hf["vocab_size"])
-        return GPTConfig(**fields), layout
+        config = GPTConfig(**fields)
+        if "vocab_used" not in hf and hf.get("eos_token_id") == EOT and has_gpt2_vocabulary(config):
+            config.vocab_used = N_VOCAB
+        return config, layout
     except KeyError as error:
         raise ValueError(f"{folder}: config.json lacks {error}") from None
     except (TypeError, AttributeError, ZeroDivisionError) as error:
@@ -272,7 +328,11 @@ def read_rope(hf, folder):
     width = hf["hidden_size"] // hf["num_attention_heads"]
     if (hf.get("head_dim") or width) != width:
         raise ValueError(f"{folder}: head_dim {hf['head_dim']} has no switch here, only {width}")
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_parameters") or {})
+    rope = {"rope_theta": hf.get("rope_theta", hf.get("rotary_emb_base", 10000.0))}
+    rope |= hf.get("rope_parameters") or {}
+    part = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", hf.get("rotary_pct")))
+    if part not in (None, 1):
+        raise ValueError(f"{folder}: only {part} of a head's channels turn, here all do")
     rope |= hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear"):
@@ -282,23 +342,34 @@ def read_rope(hf, folder):
 
 
 def read_weights(folder):
-    """All tensors of a folder, from one safetensors file or the shards that an index names."""
-    if not (folder / INDEX).is_file():
+    """All tensors of a folder: of safetensors, else of torch.save's files; of the shards that an
+    index names, or of one file."""
+    names = (INDEX, WEIGHTS, OLD_INDEX, OLD_WEIGHTS)
+    name = next((name for name in names if (folder / name).is_file()), WEIGHTS)
+    if name == WEIGHTS:
         return read_safetensors(folder / WEIGHTS)
-    weights = {}
-    for shard in shard_names(folder / INDEX):
-        weights |= read_safetensors(folder / shard)
+    weights, files = {}, [name]
+    if name != OLD_WEIGHTS:
+        files = shard_names(folder / name, ".bin" if name == OLD_INDEX else ".safetensors")
+    for file in files:
+        if file.endswith(".safetensors"):
+            weights |= read_safetensors(folder / file)
+            continue
+        found = read_torch(folder / file)
+        if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+            raise ValueError(f"{folder / file} holds more than named tensors: no weights file")
+        weights |= found
     return weights
 
 
-def shard_names(index):
+def shard_names(index, suffix=".safetensors"):
     try:
         shards = sorted(set(read_json(index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} has no weight_map of file names") from None
     for shard in shards:
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index} names {shard}, which is no safetensors file beside it")
+        if Path(shard).name != shard or not shard.endswith(suffix):
+            raise ValueError(f"{index} names {shard}, which is no {suffix} file beside it")
     return shards
 
 
@@ -350,6 +421,7 @@ def save(model, folder, vocab=N_VOCAB):
     layout = LAYOUTS[kind]
     # the config as it will be read back
     held = replace(config, **{name: values[0] for name, values in layout.switches.items()})
+    held.mlp = config.mlp
     state = model.state_dict()
     if config.pos != held.pos:  # sinusoidal or none: tabulated
         table = model.transformer.wpe.embed(torch.arange(config.block_size))
@@ -383,6 +455,8 @@ def write_config(config, kind, eot):
     hf |= {"bos_token_id": eot, "eos_token_id": eot, "vocab_used": config.vocab_used}
     hf |= {key: values[0] for key, values in layout.only.items()}
     hf |= {key: getattr(config, ours) for ours, key in layout.keys.items()}
+    if layout.act:
+        hf[layout.act] = layout.defaults[layout.act] if config.mlp == "gelu" else "gelu"
     if "sliding_window" in hf:
         hf["sliding_window"] = config.window or None
     if "attention_bias" in hf:

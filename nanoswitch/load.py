@@ -1,12 +1,13 @@
 """Any CHECKPOINT -> its model and its tokenizer: a step folder, a run folder (its latest step), a
-Hugging Face folder that this model can hold, or a hub name such as gpt2."""
+Hugging Face folder that this model can hold, a hub name such as gpt2, or a file of nanoGPT,
+build-nanogpt or llm.c (foreign.py)."""
 
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 from model import GPTConfig
-from nanoswitch import hf
+from nanoswitch import foreign, hf
 from nanoswitch.files import check_sum, read_json
 from nanoswitch.hub import hub_download
 from nanoswitch.tokenizer import LEAST_VOCAB, N_VOCAB, get_tokenizer, has_gpt2_vocabulary
@@ -16,6 +17,8 @@ from nanoswitch.weights import empty, fill, read_safetensors
 def load_model(checkpoint):
     """The GPT of a checkpoint, in fp32 and in eval mode. ValueError (one line) when there is none,
     or it cannot be fetched, is damaged, or is a model that this one cannot be."""
+    if file := foreign.find(checkpoint):
+        return foreign.load(file)
     folder = find_folder(checkpoint)
     if "model" not in read_json(folder / "config.json"):
         return hf.load(folder)
@@ -27,6 +30,8 @@ def load_model(checkpoint):
 
 def load_config(checkpoint):
     """The GPTConfig of a checkpoint, without its weights."""
+    if file := foreign.find(checkpoint):
+        return foreign.read(file)[0]
     folder = find_folder(checkpoint)
     ours = "model" in read_json(folder / "config.json")
     return read_config(folder) if ours else hf.read_config(folder)[0]
@@ -40,7 +45,9 @@ def find_folder(checkpoint):
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"{checkpoint} is a file; give the folder that holds {hf.WEIGHTS}")
+        raise ValueError(
+            f"{checkpoint} is a file; give the folder that holds {hf.WEIGHTS}, or {foreign.KINDS}"
+        )
     if len(folder.parts) > 2 or (len(folder.parts) == 2 and folder.parent.is_dir()):
         raise ValueError(f"no checkpoint folder {folder}")
     return hf.download(str(checkpoint))
@@ -82,7 +89,7 @@ def vocabulary_of(checkpoint, config):
     if has_gpt2_vocabulary(config):
         return N_VOCAB
     folder, used = Path(checkpoint), config.vocab_used
-    if not folder.is_dir() or not LEAST_VOCAB <= used < N_VOCAB:
+    if not folder.is_dir() or foreign.find(folder) or not LEAST_VOCAB <= used < N_VOCAB:
         return None
     if (folder / "latest").is_file():
         return used
@@ -114,8 +121,10 @@ class Tokenizer:
             raise ModuleNotFoundError(
                 f"the vocabulary of {checkpoint} is not GPT-2's: pip install tokenizers"
             ) from None
-        path, config = (Path(checkpoint) / name for name in ("tokenizer.json", "config.json"))
-        if not Path(checkpoint).is_dir():
+        file = foreign.find(checkpoint)
+        folder = file.parent if file else Path(checkpoint)
+        path, config = (folder / name for name in ("tokenizer.json", "config.json"))
+        if not folder.is_dir():
             path = hub_download(
                 str(checkpoint), path.name, None, "model", None, read_json, hf.OFFLINE
             )
@@ -123,10 +132,10 @@ class Tokenizer:
         elif not path.is_file():
             raise ValueError(
                 f"the vocabulary of {checkpoint} is not GPT-2's, and its ids mean nothing without "
-                f"its own: put its tokenizer.json into that folder"
+                f"its own: put its tokenizer.json into {folder}"
             )
         read_json(path)  # whose error is one line
-        eot = read_json(config).get("eos_token_id")
+        eot = None if file else read_json(config).get("eos_token_id")
         self.eot = eot[0] if isinstance(eot, list) and eot else eot
         try:
             self.vocabulary = tokenizers.Tokenizer.from_file(str(path))

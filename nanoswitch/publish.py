@@ -123,7 +123,7 @@ def training_record(checkpoint):
     folder = Path(checkpoint)
     if (folder / "latest").is_file():
         folder = latest_step(folder)
-    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "step" not in config:
         return []
     text = f"Trained for {config['step']:,} steps"

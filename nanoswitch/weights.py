@@ -1,12 +1,17 @@
-"""Weights in safetensors files, and a model to hold them."""
+"""Weights in files, and a model to hold them."""
 
 import os
+import pickle
+import re
+import warnings
+import zipfile
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from nanoswitch.counts import on_meta
-from nanoswitch.files import pointer_hint
+from nanoswitch.files import first_line, pointer_hint
 
 
 def read_safetensors(path):
@@ -18,6 +23,44 @@ def read_safetensors(path):
     except SafetensorError as error:
         hint = pointer_hint(path)
         raise ValueError(f"{path} is not a whole safetensors file: {error}{hint}") from None
+
+
+class Bag:
+    """What stands in for a class in somebody's file: it keeps values and does nothing."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __init__(self, *_):
+        pass
+
+
+def read_torch(path, bags=()):
+    """What torch.save wrote, on the CPU: tensors, plain values and their containers. ValueError
+    (one line) for anything else; none of it runs. bags: names of classes, wherever defined, whose
+    objects are read as a Bag."""
+    if not os.path.exists(path):
+        raise ValueError(f"no {path}")
+    zipped = zipfile.is_zipfile(path)
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        known = [(Bag, name) for name in unknown if name.rpartition(".")[2] in bags]
+        with torch.serialization.safe_globals(known), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a pickle that is about to be refused
+            return torch.load(path, "cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if not name:
+            raise ValueError(f"{path} is no file of torch.save{pointer_hint(path)}") from None
+        raise ValueError(
+            f"{path} holds an object of {name[1]}, and no pickled object is run here; save its "
+            f"state_dict() alone"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = first_line(error)
+        raise ValueError(
+            f"{path} is no whole file of torch.save: {reason}{pointer_hint(path)}"
+        ) from None
 
 
 def check_whole(path):

@@ -19,7 +19,7 @@ import torch
 
 import sample
 from nanoswitch import cli
-from nanoswitch.load import latest_step
+from nanoswitch.load import step_of
 from nanoswitch.log import read_run
 
 try:
@@ -54,7 +54,7 @@ class Slot:
         """A checkpoint by path or hub name -> its model, and its tokenizer unless it is GPT-2's.
 
         The one before is freed first, so there are never two. A run that went on is read again."""
-        key = latest_step(Path(name)) if (Path(name) / "latest").is_file() else name
+        key = step_of(name)
         if key != self.key:
             self.key = self.loaded = None
             gc.collect()

@@ -25,6 +25,7 @@ import torch
 import hellaswag
 from model import GPT, GPTConfig
 from nanoswitch import cards, checkpoints, cli, curves, micro_batch, surgery
+from nanoswitch.best import Best
 from nanoswitch.cards import named_card
 from nanoswitch.cli import at_least
 from nanoswitch.counts import flops_per_token, on_meta
@@ -127,7 +128,9 @@ class TrainConfig:
     checkpoint_every: int = 1000
     """steps between checkpoints; the last step always has one; 0 = only that"""
     keep_checkpoints: int = 2
-    """how many of the newest checkpoints stay; 0 = all"""
+    """how many of the newest checkpoints stay, and the best one; 0 = all"""
+    patience: int = 0
+    """stop after this many validations without a lower loss; 0 = never"""
     print_every: int = 10
     """steps between progress lines; log.jsonl has every step"""
     curve: bool = True
@@ -144,7 +147,7 @@ class TrainConfig:
     def __post_init__(self):
         at_least(self, 1, "total_batch_tokens val_tokens print_every")
         at_least(self, 0, "micro_batch max_steps warmup_steps eval_every hellaswag_every")
-        at_least(self, 0, "hellaswag_limit sample_every checkpoint_every keep_checkpoints")
+        at_least(self, 0, "hellaswag_limit sample_every checkpoint_every keep_checkpoints patience")
         at_least(self, 0, "weight_decay grad_clip seed muon_lr")
         if self.optimizer not in OPTIMIZERS:
             valid = ", ".join(OPTIMIZERS)
@@ -334,6 +337,7 @@ class Trainer(Plan):
         self.micro_batch = micro_batch.find(self, fits)
         self.micro_steps = self.batch_windows // self.ranks.world // self.micro_batch
         self.changing = False  # whether an update is past its gradients
+        self.changes = {}  # what a resumed run does otherwise than before
 
         # the compiled module shares its weights with self.model, which stays as it is for
         # checkpoints, HellaSwag and samples, whose shapes vary
@@ -473,6 +477,8 @@ class Trainer(Plan):
             "data_tokens": self.train.tokens, "data_sha256": self.data_sha256,
             "optimizer": self.config.optimizer,
         })  # fmt: skip
+        changed = checkpoints.changed(saved["train"], asdict(self.config))
+        self.changes = {"changed": changed} if changed else {}
         weights = read_safetensors(folder / "model.safetensors")
         state = checkpoints.read_state(folder / "train_state.pt")
         load_state(self.model, self.optimizers, weights, state["optimizer"], folder)
@@ -493,36 +499,58 @@ def train(trainer):
         if not ranks.agree(int(trainer.data_sha256[:8], 16), last):
             raise ValueError(f"not all ranks have the same tokens in data_dir {config.data_dir}")
         log = Log(run, start, ranks.first, config.wandb)
+        best = Best(run, log, ranks)
         for line in trainer.describe(trainer.micro_batch):
             log.say(line)
+        if trainer.changes:
+            log.say(f"from step {start} on: {', '.join(trainer.changes['changed'])}")
         log.write(
             event="resume" if start else "start", step=start,
             config=asdict(trainer.model_config) | asdict(config),
             parameters=trainer.model.num_params(), steps=last, data_sha256=trainer.data_sha256,
-            **trainer.origin, **provenance(), seed=config.seed,
+            **trainer.origin, **trainer.changes, **provenance(), seed=config.seed,
             device=str(trainer.device), dtype=str(trainer.dtype)[6:], world=ranks.world,
         )  # fmt: skip
         examples = load_examples(config, ranks, trainer.train.vocab)
         kinds = ("val_loss", "hellaswag_acc", "samples")
         known = ranks.sum(*[kind in log.evaluated for kind in kinds])  # to the first rank alone
         known = [kind for kind, there in zip(kinds, known, strict=True) if there]
-        evaluate(trainer, examples, log, start, known)
+        loss = evaluate(trainer, examples, log, start, known)
+        best.falls(start, loss)
+        best.name(start, loss)
         if start >= last:
             log.say(f"{run} is finished at step {start}; more steps: --max_steps N")
+        elif 0 < config.patience <= best.waited:
+            log.say(f"{run} is finished at step {start}: {best}; more steps: --patience 0")
+            last = start
 
         meter = Meter(trainer, log, start)
         with StopSignal(ranks.first) as signal, log:
             for done in range(start + 1, last + 1):
                 meter.waiting.append((done, launched(trainer.step(done - 1, signal.number))))
                 stop = meter.read() or (signal.number and not ranks.distributed)
-                if stop or due(config.checkpoint_every, done, last):
+                saved = stop or due(config.checkpoint_every, done, last)
+                if saved:
                     save(trainer, run, log, done, must=stop or done == last)
                 if stop:
                     log.say(f"stopped after step {done}; the same command continues {run} there")
                     sys.exit(signal.status())
                 # after the checkpoint: a kill in here costs no step
-                evaluate(trainer, examples, log, done)
+                loss = evaluate(trainer, examples, log, done)
+                if best.falls(done, loss) and config.patience and not saved:
+                    save(trainer, run, log, done, must=False)
+                best.name(done, loss)
+                if 0 < config.patience <= best.waited and done < last:
+                    if not saved:
+                        save(trainer, run, log, done, must=True)
+                    log.write(event="early stop", step=done)
+                    log.say(f"stopped after step {done}: {best}")
+                    break
                 meter.skip_pause()
+        if best.named and best.waited:
+            log.say(
+                f"the lowest validation loss, {best.kept:.4f}, is step {best.named}'s: {run}/best"
+            )
         log.say(f"next: python sample.py {run} --prompt 'Once upon a time'")
         log.say(f"      python hellaswag.py {run}")
 
@@ -537,8 +565,9 @@ def load_examples(config, ranks, vocab):
 
 
 def evaluate(trainer, examples, log, done, known=()):
-    """What is due after `done` updates and not `known` yet: validation, HellaSwag, samples."""
-    config, last = trainer.config, trainer.max_steps
+    """What is due after `done` updates and not `known` yet: validation, HellaSwag, samples -> the
+    validation loss, or None where none was due."""
+    config, last, loss = trainer.config, trainer.max_steps, None
 
     def wanted(every, kind):
         return due(every, done, last) and kind not in known
@@ -562,6 +591,7 @@ def evaluate(trainer, examples, log, done, known=()):
             log.say(textwrap.fill(text, 80, subsequent_indent=" " * 9))
     if config.curve and trainer.ranks.first and due(config.eval_every, done, last):
         log.attempt("curve.png", curves.draw_run, log.run)
+    return loss
 
 
 def save(trainer, run, log, done, must):

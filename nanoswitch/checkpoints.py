@@ -3,6 +3,7 @@
     run_dir/log.jsonl       one JSON object a line, every step once
     run_dir/curve.png       drawn from it at each evaluation, where matplotlib is installed
     run_dir/latest          the name of the checkpoint to continue from
+    run_dir/best            the name of the one of the lowest validation loss, which is kept
     run_dir/.lock           held by the run at work; the kernel frees it when that process dies
     run_dir/wandb_id        with --wandb true: the run's name at Weights & Biases
     run_dir/step_NNNNNN/    model.safetensors   the whole weights under their plain names
@@ -61,7 +62,7 @@ def step_folders(run):
 
 
 def save(run, step, weights, state, config, keep=0):
-    """Write a checkpoint and prune those before it down to `keep` (0 = all).
+    """Write a checkpoint and prune those before it down to `keep` (0 = all) and the best one.
 
     weights {name: tensor}; state what torch.load(weights_only=True) reads; config what JSON holds.
     OSError, one line, when it could not be written; the checkpoints before it are then as they
@@ -91,7 +92,8 @@ def save(run, step, weights, state, config, keep=0):
     # a later one may be left of a run that was killed, or damaged: it is none of the newest
     done = [f for f in step_folders(run) if int(f.name[5:]) <= step]
     for old in done[:-keep] if keep else []:
-        remove(old)
+        if old.name != name_in(run / "best"):
+            remove(old)
 
 
 def recover(run, say=print):
@@ -102,8 +104,7 @@ def recover(run, say=print):
     ValueError when there are checkpoints, and all are damaged."""
     for rest in run.glob(".step_*.tmp"):
         shutil.rmtree(rest, ignore_errors=True)
-    latest = run / "latest"
-    named = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+    latest, named = run / "latest", name_in(run / "latest")
     folders = step_folders(run)[::-1]
     folders.sort(key=lambda folder: folder.name != named)  # stable: the others newest first
     damaged = []
@@ -188,9 +189,28 @@ def size(value):
     return value.nbytes if torch.is_tensor(value) else 0
 
 
-def name_latest(run, folder):
-    with write_beside(str(run / "latest")) as file:
-        file.write(f"{folder.name}\n".encode())
+# what a run may go on with otherwise than it began
+RATES = (
+    "lr", "min_lr_frac", "warmup_steps", "schedule", "cooldown_frac", "max_steps", "muon_lr",
+    "weight_decay", "beta1", "beta2", "grad_clip", "dtype",
+)  # fmt: skip
+
+
+def changed(then, now):
+    """What a run's flags say otherwise than its checkpoint's about rates, schedule and length:
+    {name: value} each -> ["lr 0.001 -> 0.0005", ...]"""
+    names = [name for name in RATES if then.get(name, now[name]) != now[name]]
+    return [f"{name} {then[name]} -> {now[name]}" for name in names]
+
+
+def name_in(file):
+    """The checkpoint that run/latest or run/best names, as it stands there; "" for none."""
+    return file.read_text(errors="replace").strip() if file.is_file() else ""
+
+
+def name_latest(run, folder, file="latest"):
+    with write_beside(str(run / file)) as handle:
+        handle.write(f"{folder.name}\n".encode())
 
 
 def remove(folder):

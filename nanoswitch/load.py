@@ -1,6 +1,6 @@
-"""Any CHECKPOINT -> its model and its tokenizer: a step folder, a run folder (its latest step), a
-Hugging Face folder that this model can hold, a hub name such as gpt2, or a file of nanoGPT,
-build-nanogpt or llm.c (foreign.py)."""
+"""Any CHECKPOINT -> its model and its tokenizer: a step folder, a run folder (its latest step, or
+as RUN/best that of the lowest validation loss), a Hugging Face folder that this model can hold, a
+hub name such as gpt2, or a file of nanoGPT, build-nanogpt or llm.c (foreign.py)."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -39,9 +39,7 @@ def load_config(checkpoint):
 
 def find_folder(checkpoint):
     """The folder that holds a checkpoint's files; a hub name's is fetched."""
-    folder = Path(checkpoint)
-    if (folder / "latest").is_file():
-        folder = latest_step(folder)
+    folder = step_of(checkpoint)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -53,12 +51,17 @@ def find_folder(checkpoint):
     return hf.download(str(checkpoint))
 
 
-def latest_step(run):
-    """The step folder that run/latest names."""
-    name = (run / "latest").read_text(errors="replace").strip()
+def step_of(checkpoint):
+    """The step folder that a run folder's latest, or RUN/best, names; any other path as it is."""
+    file = Path(checkpoint)
+    if (file / "latest").is_file():
+        file = file / "latest"
+    elif file.name != "best" or not file.is_file():
+        return file
+    name = file.read_text(errors="replace").strip()
     if not name.startswith("step_") or not name.isprintable() or Path(name).name != name:
-        raise ValueError(f"{run}/latest names no step folder: {name[:40]!r}")
-    return run / name
+        raise ValueError(f"{file} names no step folder: {name[:40]!r}")
+    return file.parent / name
 
 
 def read_config(folder):
@@ -88,11 +91,9 @@ def vocabulary_of(checkpoint, config):
     vocabulary is one of its own."""
     if has_gpt2_vocabulary(config):
         return N_VOCAB
-    folder, used = Path(checkpoint), config.vocab_used
+    folder, used = step_of(checkpoint), config.vocab_used
     if not folder.is_dir() or foreign.find(folder) or not LEAST_VOCAB <= used < N_VOCAB:
         return None
-    if (folder / "latest").is_file():
-        return used
     about = read_json(folder / "config.json")
     exported = "vocab_used" in about and about.get("eos_token_id") == used - 1
     return used if "model" in about or exported else None

@@ -27,12 +27,12 @@ class Log:
     nothing. As a context, it closes wandb.
 
     losses: the last 100 training losses; evaluated: the keys that the log has of step `step`
-    already; skipped: steps in a row that were, up to now. What a full disk keeps out of the file
-    waits in memory."""
+    already; validated: {step: validation loss} up to there; skipped: steps in a row that were, up
+    to now. What a full disk keeps out of the file waits in memory."""
 
     def __init__(self, run, step, active, wandb=False):
         self.run, self.file, self.waiting, self.skipped = run, None, b"", 0
-        self.losses, self.evaluated = deque(maxlen=100), set()
+        self.losses, self.evaluated, self.validated = deque(maxlen=100), set(), {}
         self.tracker = Tracker(run, self.say) if wandb and active else None
         if not active:
             return
@@ -50,6 +50,8 @@ class Log:
             self.losses.extend(e["train_loss"] for e in steps if e.get("train_loss") is not None)
             self.evaluated = {key for e in entries if e.get("step") == step for key in e}
             for entry in entries:
+                if entry.get("val_loss") is not None:
+                    self.validated[entry["step"]] = entry["val_loss"]
                 if "train_loss" in entry:
                     self.skipped = self.skipped + 1 if "skipped" in entry else 0
         self.file = open(path, "ab", buffering=0)
@@ -200,6 +202,8 @@ class Run:
     @property
     def finished(self):
         """Whether the last step's evaluations are logged too."""
+        if self.start.get("stopped"):  # early, for want of a lower validation loss
+            return True
         last, config = self.start.get("steps", 0), self.config
         wanted = ["val_loss"] + ["hellaswag_acc_norm"] * bool(config.get("hellaswag_every"))
         return all(max(self.values.get(key, {-1: 0})) >= last for key in wanted)
@@ -239,6 +243,8 @@ def read_run(folder):
             raise ValueError(f"{path} line {number} is no JSON object but {str(entry)[:40]}")
         if entry.get("event") in ("start", "resume"):  # a resumed run may have got more steps
             start = entry
+        if entry.get("event") == "early stop" and start:
+            start = start | {"steps": entry["step"], "stopped": True}
         for name, value in entry.items():
             if "step" in entry and isinstance(value, int | float):  # null: a step was skipped
                 values.setdefault(name, {})[entry["step"]] = value

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from nanoswitch import hf
 from nanoswitch.files import read_json
 from nanoswitch.hub import with_retries
-from nanoswitch.load import Tokenizer, latest_step
+from nanoswitch.load import Tokenizer, step_of
 from nanoswitch.log import parse
 from nanoswitch.tokenizer import N_VOCAB
 
@@ -120,9 +120,7 @@ def model_card(config, parameters, kind, checkpoint, repo):
 def training_record(checkpoint):
     """[one sentence] on a run's or step's training, from its config.json and its run's log; [] for
     any other checkpoint."""
-    folder = Path(checkpoint)
-    if (folder / "latest").is_file():
-        folder = latest_step(folder)
+    folder = step_of(checkpoint)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "step" not in config:
         return []

@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = """
     files cli device | kernels cache loss generation | model | counts | tokenizer shards
-    streams readers pydocs windows hub web weights hf foreign load surgery |
-    checkpoints tracker log curves
+    streams readers pydocs windows hub web weights hf foreign load surgery | checkpoints
+    tracker log curves best
     optimizers parallel micro_batch cards progress signals decode publish export |
     fineweb hellaswag sample | train_gpt2 | compare bench app switches
 """

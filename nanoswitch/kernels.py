@@ -6,6 +6,8 @@ attention_mask makes it, a list of chunks as window_masks makes it, or what flex
 Shapes: B batch, Tq queries, Tk keys, nh heads, hs their size.
 """
 
+import collections
+import contextlib
 import functools
 import itertools
 import math
@@ -13,7 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # MKL picks the code of a vector function at its first call. Threads that race there can get a less
 # precise one, once (pytorch issue 188792), and the run other bits: so one thread calls each first.
@@ -40,7 +42,8 @@ def window_masks(pos, window, bias=None, doc=None):
     T window, not T^2. bias: a position encoding's, a function of query and key positions, or None;
     doc (B, T) if attention keeps within documents."""
     masks, plain = [], bias is None and doc is None
-    for rows, keys in window_chunks(len(pos), window, plain):
+    unit = 8 if pos.is_cuda else 1  # CUDA's kernel pads other masks, and Inductor fails to
+    for rows, keys in window_chunks(len(pos), window, plain, unit):
         if plain and rows.start == 0:
             masks.append((rows, keys, None))
             continue
@@ -50,29 +53,43 @@ def window_masks(pos, window, bias=None, doc=None):
     return masks
 
 
-def window_chunks(T, window, plain):
+def window_chunks(T, window, plain, unit=1):
     """[(slice of queries, slice of keys)]. plain: nothing but the window masks, so that the first
-    queries, which reach all keys before them, are one chunk for torch's causal kernel."""
+    queries, which reach all keys before them, are one chunk for torch's causal kernel. All edges
+    but T are multiples of unit."""
     step = max(192, T // 16)  # for fewer queries torch's CPU kernel takes smaller blocks
-    edges = [0, *range(window if plain else step, T, step), T]
-    return [(slice(a, b), slice(max(0, a - window + 1), b)) for a, b in itertools.pairwise(edges)]
+    step, first = whole(step, unit), whole(window, unit)
+    edges = [0, *range(first if plain and first else step, T, step), T]
+    return [
+        (slice(a, b), slice(whole(max(0, a - window + 1), unit), b))
+        for a, b in itertools.pairwise(edges)
+    ]
 
 
-def sdpa(q, k, v, mask, dropout):
+def whole(n, unit):
+    """The largest multiple of unit that is at most n."""
+    return n // unit * unit
+
+
+def sdpa(q, k, v, mask, dropout, kernels=None):
     """torch's fused attention. No mask means plain causal, for which it has its fastest kernel, or
-    one query that sees all keys: torch's causal mask would let it see the first only."""
+    one query that sees all keys: torch's causal mask would let it see the first only. kernels:
+    those that torch may choose from; None leaves it to torch."""
     if isinstance(mask, list):
-        return sdpa_in_chunks(q, k, v, mask, dropout)
-    if mask is None and q.size(2) == 1:  # a branch, for is_causal may be no symbol of torch.compile
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return sdpa_in_chunks(q, k, v, mask, dropout, kernels)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
-    )
+    if mask is not None and q.is_cuda:
+        kernels = kernels or MASKED
+    with sdpa_kernel(kernels) if kernels else contextlib.nullcontext():
+        if mask is None and q.size(2) == 1:  # a branch: torch.compile takes no symbol as is_causal
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+        )
 
 
-def sdpa_in_chunks(q, k, v, chunks, dropout):
+def sdpa_in_chunks(q, k, v, chunks, dropout, kernels):
     """sdpa with chunks as window_masks makes them. Keys and values are cut at all their edges and
     put together for every chunk: each slice of them would have a gradient as long as all."""
     cuts = sorted({edge for _, keys, _ in chunks for edge in (keys.start, keys.stop)})
@@ -83,7 +100,7 @@ def sdpa_in_chunks(q, k, v, chunks, dropout):
     for queries, (_, keys, mask) in zip(q, chunks, strict=True):
         own = slice(cuts.index(keys.start), cuts.index(keys.stop))
         own_k, own_v = torch.cat(k[own], dim=2), torch.cat(v[own], dim=2)
-        parts.append(sdpa(queries, own_k, own_v, mask, dropout))
+        parts.append(sdpa(queries, own_k, own_v, mask, dropout, kernels))
     return torch.cat(parts, dim=2)
 
 
@@ -91,14 +108,12 @@ def sdpa_flash(q, k, v, mask, dropout):
     # several queries on a cache have a mask, and CUDA's flash kernel knows no fp32
     if mask is not None or (q.is_cuda and q.dtype == torch.float32):
         return sdpa(q, k, v, mask, dropout)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return sdpa(q, k, v, mask, dropout)
+    return sdpa(q, k, v, mask, dropout, [SDPBackend.FLASH_ATTENTION])
 
 
 def sdpa_math(q, k, v, mask, dropout):
     """Attention step by step, all T x T scores in memory: "regular" attention."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return sdpa(q, k, v, mask, dropout)
+    return sdpa(q, k, v, mask, dropout, [SDPBackend.MATH])
 
 
 def flex(q, k, v, mask, dropout):
@@ -118,17 +133,50 @@ def compiled_flex():
 
 
 def flex_mask(q_pos, k_pos, window, bias, q_doc=None, k_doc=None):
-    """attention_mask in the form that flex takes: a BlockMask, and the bias (nh, Tq, Tk)."""
+    """attention_mask in the form that flex takes: a BlockMask, and the bias (nh, Tq, Tk). Positions
+    and documents must rise, so that a block's first and last tell about all of it: torch's own
+    create_block_mask first makes the whole mask, 8 bytes for each of B Tq Tk."""
 
     def visible(b, h, i, j):
         distance = q_pos[i] - k_pos[j]
         see = (distance >= 0) & (distance < window) if window else distance >= 0
         return see if q_doc is None else see & (q_doc[b, i] == k_doc[b, j])
 
-    B = None if q_doc is None else len(q_doc)
-    return create_block_mask(visible, B, None, len(q_pos), len(k_pos), q_pos.device), bias
+    q, k = edges_of_blocks(len(q_pos), q_pos.device), edges_of_blocks(len(k_pos), k_pos.device)
+    nearest = q_pos[q.first][:, None] - k_pos[k.last]  # (nq, nk) the least distance in a block
+    farthest = q_pos[q.last][:, None] - k_pos[k.first]
+    some, every = farthest >= 0, (nearest >= 0) & q.full[:, None] & k.full
+    if window:
+        some, every = some & (nearest < window), every & (farthest < window)
+    some, every = some[None], every[None]
+    if q_doc is not None:  # (B, nq, nk)
+        some = some & (q_doc[:, q.first, None] <= k_doc[:, None, k.last])
+        every = every & (q_doc[:, q.last, None] == k_doc[:, None, k.first])
+    blocks = [*ordered(some & ~every), *ordered(every)]
+    lengths = len(q_pos), len(k_pos)
+    return BlockMask.from_kv_blocks(*blocks, BLOCK, visible, seq_lengths=lengths), bias
+
+
+BLOCK = 128  # tokens of a block of flex
+Blocks = collections.namedtuple("Blocks", "first last full")
+
+
+def edges_of_blocks(T, device):
+    """The first and the last place of every block of T, and whether it is whole: (n,) each."""
+    first = torch.arange(0, T, BLOCK, device=device)
+    return Blocks(first, (first + BLOCK - 1).clamp(max=T - 1), first + BLOCK <= T)
+
+
+def ordered(blocks):
+    """(B, nq, nk) bool -> of each row of blocks how many there are, (B, 1, nq), and their numbers,
+    followed by the others' (B, 1, nq, nk); int32 both."""
+    numbers = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1)[:, None].int(), numbers[:, None].int()
 
 
 KERNELS = {"auto": sdpa, "flash": sdpa_flash, "math": sdpa_math, "flex": flex}
+# under a mask: cuDNN, which torch takes first on Hopper, has no gradient for one that is learned,
+# and gives NaN at lengths of 64 mod 128 (pytorch issue 196678)
+MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # for lengths that vary: all but cuDNN, which plans each new shape for tenths of a second
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

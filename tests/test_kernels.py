@@ -1,0 +1,85 @@
+"""The masks that CUDA's kernels take: chunks of a window, and the blocks of FlexAttention."""
+
+import pytest
+import torch
+from builders import tiny
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model import POSITIONS
+from nanoswitch import kernels
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("window", [1, 7, 100, 256, 512])
+@pytest.mark.parametrize("T", [1024, 1000, 4000])
+def test_chunks_of_a_window_can_begin_and_end_at_multiples_of_8(T, window, plain):
+    """CUDA's kernel for masks pads rows of another length, which Inductor fails to compile."""
+    chunks = kernels.window_chunks(T, window, plain, 8)
+    assert [i for rows, _ in chunks for i in range(T)[rows]] == list(range(T))
+    for rows, keys in chunks:
+        assert rows.start % 8 == keys.start % 8 == keys.stop % 8 == 0
+        assert keys.start <= max(0, rows.start - window + 1) and keys.stop == rows.stop
+        assert rows.start - window + 1 - keys.start < 8
+    if plain:  # the first has no mask: all its queries reach all before them
+        assert chunks[0][0] == chunks[0][1] and (window < 8 or chunks[0][0].stop <= window)
+
+
+def test_such_chunks_attend_to_the_same_keys(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 400, 8) for _ in range(3))
+    pos, plain_chunks = torch.arange(400), kernels.window_chunks
+    for window, bias in ((20, None), (100, POSITIONS["alibi"](tiny()).bias)):
+        want = kernels.sdpa(q, k, v, kernels.window_masks(pos, window, bias), 0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "window_chunks", lambda *args: plain_chunks(*args[:3], 8))
+            masks = kernels.window_masks(pos, window, bias)
+        assert all(keys.start % 8 == 0 for _, keys, _ in masks)
+        torch.testing.assert_close(kernels.sdpa(q, k, v, masks, 0.0), want)
+
+
+@pytest.mark.parametrize("T", [1, 127, 128, 300, 1024])
+@pytest.mark.parametrize("window", [0, 1, 5, 128, 200, 600])
+@pytest.mark.parametrize("documents", [0, 2, 40])
+def test_flex_gets_the_blocks_that_torch_itself_finds(T, window, documents):
+    pos, docs = torch.arange(T), ()
+    if documents:
+        torch.manual_seed(T + window)
+        begins = torch.rand(3, T) < documents / T
+        begins[0] = False  # one without an end
+        docs = (begins.cumsum(1),) * 2
+    got, _ = kernels.flex_mask(pos, pos, window, None, *docs)
+    want = create_block_mask(got.mask_mod, 3 if documents else None, None, T, T, "cpu")
+
+    def blocks(numbers, indices):
+        rows = zip(numbers.flatten().tolist(), indices.flatten(0, 2).tolist(), strict=True)
+        return [sorted(row[:n]) for n, row in rows]
+
+    assert got.seq_lengths == want.seq_lengths and got.BLOCK_SIZE == want.BLOCK_SIZE
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        names = f"{kind}_num_blocks", f"{kind}_indices"
+        assert blocks(*(getattr(got, n) for n in names)) == blocks(
+            *(getattr(want, n) for n in names)
+        )
+    if T <= 300:  # and what is seen in them is the mask
+        seen = kernels.attention_mask(pos, pos, window, None, *docs)
+        b, i, j = torch.meshgrid(
+            *map(torch.arange, (len(docs[0]) if docs else 1, T, T)), indexing="ij"
+        )
+        assert torch.equal(got.mask_mod(b, None, i, j), seen.view(-1, T, T))
+
+
+def test_the_mask_of_flex_is_never_whole():
+    B, T, sizes = 4, 2048, []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    docs = torch.zeros(B, T, dtype=torch.int64)
+    with Sizes():
+        kernels.flex_mask(torch.arange(T), torch.arange(T), 0, None, docs, docs)
+    assert B * (T // 128) ** 2 <= max(sizes) <= T * T / 100

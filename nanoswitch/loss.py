@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 CHUNK_BYTES = 2**28  # of logits: large products are faster, and so much hardly matters for memory
+FP16_ROWS = 4096  # whose sum, of gradients of at most 1 times features of at most 16, fp16 holds
 
 
 def loss_chunks(x, w):
     """Equal slices over the rows of x, (N, C): as few as keep the logits x @ w.T of each within
-    CHUNK_BYTES and 4,096 rows, for fp16 to hold their sum, but at most 16, for they unroll."""
+    CHUNK_BYTES and 4,096 rows, but at most 16, for they unroll: of very many rows they are
+    larger."""
     rows = min(4096, max(1, CHUNK_BYTES // (len(w) * x.element_size())))
     number = max(1, min(16, math.ceil(len(x) / rows)))
     size = max(1, math.ceil(len(x) / number))
@@ -39,8 +41,10 @@ class MeanCrossEntropy(torch.autograd.Function):
             dx[rows] = logits @ w
             if logits.dtype == dwT.dtype:
                 dwT.addmm_(x[rows].T, logits)
-            else:  # each chunk's product is rounded once, their sum is kept in fp32
-                dwT += transposed(x[rows]) @ logits
+            else:  # each product is rounded once, their sum is kept in fp32
+                most = FP16_ROWS if x.dtype == torch.float16 else max(1, len(logits))
+                for a, b in zip(x[rows].split(most), logits.split(most), strict=True):
+                    dwT += transposed(a) @ b
             del logits  # before the next chunk's are made
         ctx.save_for_backward(dx, transposed(dwT), count)  # in the weight's own layout
         return loss / count

@@ -134,3 +134,19 @@ def test_bf16_autocast_stays_close_to_fp32(pos):
             if ".wpe." not in name or pos == "learned":
                 error = (rough[name] - g).norm() / g.norm()
                 assert error < 0.05, f"{name}: {error}"
+
+
+def test_the_sum_over_very_many_rows_fits_fp16():
+    """16 chunks at most, so that 2^18 rows make chunks of 16,384. All features 8, all gradients
+    about 1: the sum over such a chunk is twice what fp16 can hold."""
+    N, V = 2**18, 8
+    x = torch.full((N, 1), 8.0, dtype=torch.float16, requires_grad=True)
+    weight, targets = torch.zeros(V, 1, requires_grad=True), torch.zeros(N, dtype=torch.int64)
+    chunks = loss_chunks(x, torch.empty(50304, 1))
+    assert max(rows.stop - rows.start for rows in chunks) > 8192
+    with pytest.MonkeyPatch.context() as patch:  # as if V were 50,304, whose chunks take minutes
+        patch.setattr("nanoswitch.loss.CHUNK_BYTES", 2**28 * V // 50304)
+        MeanCrossEntropy.apply(x, weight, targets, 0.0).backward()
+    want = torch.full((V, 1), 8 / V)
+    want[0] -= 8
+    torch.testing.assert_close(weight.grad, want, rtol=2e-3, atol=0)

@@ -43,9 +43,12 @@ class Ranks:
     def __init__(self, device):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        local = os.environ.get("LOCAL_RANK", "")
+        if local and (device == "auto" or device.startswith("cuda")) and torch.cuda.is_available():
+            device = f"cuda:{local}"  # else its first tensor leaves a context on card 0
         self.device = pick_device(device)
         if self.device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
+            torch.cuda.set_device(self.device)
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.first = self.rank == 0
         self.distributed = "RANK" in os.environ

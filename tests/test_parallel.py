@@ -443,6 +443,30 @@ def test_readme_table_is_current():
 # ----------------------------------------------------------------------------- CUDA
 
 
+@pytest.mark.parametrize("flag", ["auto", "cuda", "cuda:0"])
+def test_a_rank_makes_nothing_on_another_ones_card(monkeypatch, flag):
+    """A tensor on card 0 before set_device would leave a context there, of half a GB, for every
+    rank."""
+    current, met = [0], []
+
+    def empty(*size, device):
+        device = torch.device(device)
+        met.append(current[0] if device.index is None else device.index)
+        return SimpleNamespace(device=torch.device("cuda", met[-1]))
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch, "empty", empty)
+    answers = {
+        "is_available": lambda: True,
+        "set_device": lambda device: current.__setitem__(0, torch.device(device).index),
+        "current_device": lambda: current[0],
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    assert parallel.Ranks(flag).device == torch.device("cuda", 3)
+    assert set(met) == {3} and current == [3]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode, optimizer", EVERY)
 def test_every_mode_trains_on_cuda_as_one_process(folder, mode, optimizer):

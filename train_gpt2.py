@@ -28,6 +28,7 @@ from nanoswitch import cards, checkpoints, cli, curves, micro_batch, surgery
 from nanoswitch.best import Best
 from nanoswitch.cards import named_card
 from nanoswitch.cli import at_least
+from nanoswitch.compiled import compiled
 from nanoswitch.counts import flops_per_token, on_meta
 from nanoswitch.device import (
     autocast,
@@ -162,18 +163,6 @@ class TrainConfig:
 
 
 # ----------------------------------------------------------------------------- set-up
-
-
-def can_compile(device):
-    """Whether torch.compile works here: it needs a C++ compiler on CPU, Triton on CUDA."""
-    if device.type == "mps":
-        return False
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # whatever the tool chain raises, training works without it
-        print(f"torch.compile does not work here ({type(error).__name__}): training without it")
-        return False
-    return True
 
 
 def learning_rate(step, config, max_steps):
@@ -339,13 +328,8 @@ class Trainer(Plan):
         self.changing = False  # whether an update is past its gradients
         self.changes = {}  # what a resumed run does otherwise than before
 
-        # the compiled module shares its weights with self.model, which stays as it is for
-        # checkpoints, HellaSwag and samples, whose shapes vary
-        wanted = config.compile == "true" or (
-            config.compile == "auto" and self.device.type == "cuda"
-        )
-        forward = torch.compile(self.model) if wanted and can_compile(self.device) else self.model
-        self.forward = average_gradients(forward, config.parallel, self.ranks)
+        # self.model stays as it is for checkpoints, HellaSwag and samples, whose shapes vary
+        self.forward = average_gradients(compiled(self), config.parallel, self.ranks)
 
     # ------------------------------------------------------------------------- one step
 

@@ -658,6 +658,65 @@ def check_scores_and_samples(run):
     assert [(line["step"], line["hellaswag_n"]) for line in scores] == [(3, 5), (6, 5)]
 
 
+def fake_compiler(monkeypatch, backend):
+    """torch.compile with a backend of the test's own in the place of Inductor."""
+    torch._dynamo.reset()
+    torchs = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: torchs(*a, **k, backend=backend))
+
+
+def test_what_does_not_compile_trains_without(data, tmp_path, monkeypatch, capsys):
+    """A compiler that takes small functions and fails at the model."""
+    failures = []
+
+    def backend(graph, inputs):
+        if len(graph.graph.nodes) > 20:
+            failures.append(len(graph.graph.nodes))
+            raise AssertionError("'255 - ((0))' is not\ncomparable")
+        return graph.forward
+
+    fake_compiler(monkeypatch, backend)
+    train(data, tmp_path / "run", compile="true", micro_batch=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "torch.compile" in line]
+    assert len(lines) == 1 and failures, lines
+    assert "does not work here" in lines[0] and "is not comparable" in lines[0]
+    assert lines[0].endswith("training without it")
+    monkeypatch.undo()
+    train(data, tmp_path / "eager", compile="false", micro_batch=2)
+    for key in ("train_loss", "val_loss", "samples"):
+        assert column(tmp_path / "run", key) == column(tmp_path / "eager", key)
+
+
+def test_validation_alone_may_fail_to_compile(data, tmp_path, monkeypatch, capsys):
+    def backend(graph, inputs):
+        if not torch.is_grad_enabled():
+            raise NotImplementedError("no gradients, no graph")
+        return graph.forward
+
+    fake_compiler(monkeypatch, backend)
+    made = trainer(data, tmp_path, compile="true", micro_batch=2)
+    assert "no gradients, no graph" in capsys.readouterr().out
+    assert made.forward is made.model and made.model.training
+    assert all(p.grad is None for p in made.model.parameters())
+
+
+def test_a_smaller_micro_batch_is_compiled_for_its_own_size(data, tmp_path, monkeypatch):
+    shapes = []
+
+    def backend(graph, inputs):
+        shapes.append([n for x in inputs for n in (x.shape if torch.is_tensor(x) else [x])])
+        return graph.forward
+
+    fake_compiler(monkeypatch, backend)
+    made = trainer(data, tmp_path, compile="true", micro_batch=4)
+    made.update(0)
+    before = len(shapes)
+    made.micro_batch, made.micro_steps = 2, 2 * made.micro_steps
+    made.update(0)
+    assert len(shapes) > before > 0
+    assert all(type(n) is int for shape in shapes for n in shape)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "switches",

@@ -1,0 +1,42 @@
+"""torch.compile for the trainer: tried on the model itself before the run counts on it."""
+
+import numpy as np
+import torch
+
+
+def compiled(trainer):
+    """What trains: the model under torch.compile, which shares its weights, where the run asks for
+    that and all ranks can; else the model as it is, and one line says why."""
+    config, device = trainer.config, trainer.device
+    wanted = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
+    if not wanted or device.type == "mps":
+        return trainer.model
+    # a smaller micro-batch later is compiled anew: with a symbol for its size, all would be slower
+    forward = torch.compile(trainer.model, dynamic=False)
+    problem = failure(trainer, forward)
+    if not trainer.ranks.sum(bool(problem))[0]:
+        return forward
+    if problem:
+        print(f"torch.compile does not work here ({problem}): training without it")
+    return trainer.model
+
+
+def failure(trainer, forward):
+    """What goes wrong in a forward and backward pass over a micro-batch and in one for validation,
+    in a few words; "" if nothing does. They leave nothing behind but the compiled code."""
+    numbers = np.arange(trainer.micro_batch) % trainer.train.count
+    try:
+        x, y = trainer.load(trainer.train, numbers)
+        with trainer.autocast():
+            _, loss = forward(x, y)
+        loss.backward()
+        with trainer.evaluation():
+            forward(x, y)
+    except torch.OutOfMemoryError:  # a step that runs out takes a smaller micro-batch
+        return ""
+    except Exception as error:  # whatever the compiler raises, training works without it
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    finally:
+        trainer.model.train()
+        trainer.model.zero_grad()
+    return ""

@@ -239,7 +239,13 @@ def evaluate(model, examples, batch_tokens=0, rank=0, world=1, vocab=N_VOCAB):
 
 
 def predict(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
-    """The chosen ending of every example -> (n, 2) int64: by summed loss, and by normed loss.
+    """The chosen ending of every example -> (n, 2) int64: by summed loss, and by normed loss. The
+    options are those of ending_losses."""
+    return ending_losses(model, examples, batch_tokens, progress, vocab).argmin(2)
+
+
+def ending_losses(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
+    """What every example's four endings cost, summed and normed -> (n, 2, 4) fp64.
 
     progress: what to write before a progress bar; empty shows none. vocab: that of the examples;
     ValueError when it is not the model's."""
@@ -259,7 +265,7 @@ def predict(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
     loss = torch.tensor([[losses[row] for row in rows] for rows in fitted], dtype=torch.float64)
     norm = torch.tensor([example.chars or [row.scored for row in rows] for example, rows in pairs])
     loss, norm = loss.view(-1, 4), norm.view(-1, 4)  # (n, 4) also when n is 0
-    return torch.stack((loss.argmin(1), (loss / norm).argmin(1)), dim=1)
+    return torch.stack((loss, loss / norm), dim=1)
 
 
 def cut(row, longest):

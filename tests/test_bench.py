@@ -89,19 +89,65 @@ def test_sides_that_disagree_are_not_timed(peer, capsys):
     assert "round" not in capsys.readouterr().out
 
 
-def test_hellaswag_and_generate_agree_with_the_stand_in(peer, tmp_path):
+def write_items(path, n):
     items = [
         {
             "ind": i, "activity_label": "Roofing", "ctx_a": "A man sits on a roof.", "ctx_b": "he",
             "ctx": f"A man sits on roof {i}. he", "label": 3,
             "endings": ["is using wrap.", "rips tiles off.", "holds a cube", "starts pulling up"],
         }
-        for i in range(3)
+        for i in range(n)
     ]  # fmt: skip
-    data = tmp_path / "items.jsonl"
-    data.write_text("\n".join(map(json.dumps, items)))
+    path.write_text("\n".join(map(json.dumps, items)))
+    return path
+
+
+def test_hellaswag_agrees_with_the_stand_in(peer, tmp_path):
+    data = write_items(tmp_path / "items.jsonl", 3)
     (row,) = run("hellaswag", f"--peer={peer()}", f"--data={data}", "--items=3")
     assert row["metric"] == "items/s" and row["ours"] > 0 and row["peer"] > 0
+
+
+def test_a_peer_scores_some_of_very_many_items_and_only_once(tmp_path, monkeypatch):
+    """Both sides in this process, with their calls counted."""
+    asked = []
+
+    class Side:
+        def __init__(self, side, config):
+            self.side, self.rates = side, []
+            self.result = [[1.0, 2.0, 3.0, 4.0]] if side is bench.we_score else [0]
+
+        def round(self):
+            asked.append(self.side.__name__)
+            self.rates.append(len(asked))
+
+        def close(self):
+            return 0
+
+    monkeypatch.setattr(bench, "Side", Side)
+    monkeypatch.setattr(bench, "peer_name", lambda config: "build-nanogpt")
+    data = write_items(tmp_path / "items.jsonl", 30)
+    for most, peers in ((10, 1), (30, 4)):
+        asked.clear()
+        monkeypatch.setattr(bench, "PEER_ITEMS", most)
+        config = bench.BenchConfig("hellaswag", peer="there", data=str(data), items=30, rounds=3)
+        (row,) = bench.score(config)
+        assert asked.count("we_score") == 4 and asked.count("peer_scores") == peers
+        assert row["peer"] == 2 if peers == 1 else row["peer"] == 6
+    monkeypatch.setattr(bench, "PEER_ITEMS", 1000)
+    for n, most in ((40, 40), (1000, 1000), (1001, 501), (10042, 913)):
+        assert len(bench.both_score(range(n))) == most
+
+
+def test_only_near_ties_may_be_decided_otherwise():
+    ours = [[3.0, 2.5, 2.5 + 4e-5, 4.0], [1.0, 2.0, 3.0, 4.0]]
+    bench.same_choices(ours, [1, 0])
+    bench.same_choices(ours, [2, 0])
+    for wrong in ([0, 0], [1, 1]):
+        with pytest.raises(ValueError, match=r"differ in the predictions .* nothing was timed"):
+            bench.same_choices(ours, wrong)
+    with pytest.raises(ValueError, match="nothing was timed"):
+        bench.same_choices([[float("nan")] * 4], [0])
 
 
 def test_a_folder_that_is_no_peer_is_refused(tmp_path):

@@ -1,0 +1,115 @@
+"""The CUDA path on a machine without a card: training, validation, generation and scoring on
+tensors that say cuda:0 and have no numbers. Every operator must accept what it is given there, for
+all pairs of switches, with the attention kernels that torch takes on two generations of cards."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "without_a_card"))
+
+import cases
+
+from model import GPTConfig
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "tests" / "without_a_card"
+CARDS = ("ampere", "hopper")
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="the shim of a card needs g++"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the shim of a card is made for Linux"),
+    pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch itself knows CUDA here"),
+]
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    torch_folder = Path(torch.__file__).parent
+    path = tmp_path_factory.mktemp("shim") / "shim.so"
+    command = [
+        "g++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch_folder}/include",
+        FOLDER / "shim.cpp", "-o", path, f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib",
+        "-lc10", "-ltorch_cpu",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return path
+
+
+def run(shim, part):
+    """{card: the lines that cases.py prints}; both cards at once."""
+    own = {"LD_PRELOAD": str(shim), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    running = {
+        card: subprocess.Popen(
+            [sys.executable, FOLDER / "cases.py", card, part],
+            env=os.environ | own, cwd=ROOT, **pipes,
+        )
+        for card in CARDS
+    }  # fmt: skip
+    found = {}
+    for card, process in running.items():
+        out, _ = process.communicate(timeout=1800)
+        assert process.returncode == 0, f"cases.py {card} {part} ended with {process.returncode}"
+        found[card] = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(shim):
+    return run(shim, "most")
+
+
+def check(lines):
+    """Fails with each error once, the number of its cases, and one of them."""
+    errors = {}
+    for line in lines:
+        if line["error"]:
+            errors.setdefault(f"{line['work']}: {line['error']}", []).append(line["case"])
+    summary = [f"{len(cases)} x {error}, such as {cases[0]}" for error, cases in errors.items()]
+    assert lines and not errors, "\n".join([f"of {len(lines)}:", *summary])
+
+
+@pytest.mark.parametrize("work", ["refuse", "train", "generate", "score"])
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_takes_all_that_it_is_given(found, card, work):
+    check([line for line in found[card] if line["work"] == work])
+
+
+def test_one_of_eight_cards_takes_all_that_it_is_given(found):
+    """ddp, zero1 and fsdp with torch's fake process group."""
+    check([line for line in found["ampere"] if line["work"] == "share"])
+
+
+@pytest.mark.slow
+def test_a_card_takes_what_is_left_too(shim):
+    for lines in run(shim, "rest").values():
+        check(lines)
+
+
+def test_each_card_takes_the_kernels_of_its_own(found):
+    """Else the test above would prove nothing: cuDNN on Hopper, and never under a mask."""
+    taken = {card: {k for line in found[card] for k in line["kernels"]} for card in CARDS}
+    assert taken["ampere"] == {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"}
+    assert taken["hopper"] == taken["ampere"] | {"CUDNN_ATTENTION"}
+
+
+def test_the_cases_hold_every_switch_and_all_pairs_that_go_together():
+    sizes = {"vocab_size", "vocab_used", "block_size", "n_layer", "n_head", "n_embd"}
+    numbers = {"norm_eps", "mlp_hidden", "linformer_segment", "linformer_rank", "rope_theta"}
+    numbers |= {"rope_scaling", "zero_init"}
+    assert set(GPTConfig.__dataclass_fields__) - sizes - numbers == set(cases.SWITCHES)
+    every = cases.all_pairs()
+    assert cases.possible_pairs() <= set().union(*map(cases.pairs, every))
+    for case in every:
+        cases.model_config(case)
+    # those that must be there, written out
+    for a, b in [(("pos", "fire"), ("dtype", "float16")), (("window", 20), ("pos", "alibi"))]:
+        assert any({a, b} <= set(case.items()) for case in every)

@@ -30,7 +30,11 @@ except ModuleNotFoundError:  # main() says it: importing this file needs no stre
 
 TOP = 5  # likeliest tokens shown at each step
 PICTURED = 32  # first tokens of the prompt whose attention is drawn: more would be unreadable
-SCORES = {"val_loss": "validation loss", "hellaswag_acc_norm": "HellaSwag"}
+SCORES = {
+    "val_loss": "validation loss",
+    "val_bpb": "bits per byte",
+    "hellaswag_acc_norm": "HellaSwag",
+}
 EXPECTED = (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError)
 
 

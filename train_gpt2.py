@@ -54,7 +54,7 @@ from nanoswitch.parallel import (
 )
 from nanoswitch.progress import Meter, clock, due, launched
 from nanoswitch.signals import StopSignal
-from nanoswitch.tokenizer import get_tokenizer
+from nanoswitch.tokenizer import bits_per_byte, get_tokenizer, token_bytes
 from nanoswitch.weights import read_safetensors
 from nanoswitch.windows import open_windows
 
@@ -385,11 +385,15 @@ class Trainer(Plan):
             yield
         self.model.train()
 
+    @property
+    def val_windows(self):
+        T = self.model_config.block_size
+        return np.arange(max(1, min(self.config.val_tokens // T, self.val.count)))
+
     def validate(self):
         """Mean loss over the first val_tokens validation tokens, the same for any layout."""
         T, size, ranks = self.model_config.block_size, self.micro_batch, self.ranks
-        numbers = np.arange(max(1, min(self.config.val_tokens // T, self.val.count)))
-        own = numbers[ranks.rank :: ranks.world]
+        own = self.val_windows[ranks.rank :: ranks.world]
         total, count = torch.zeros((), dtype=torch.float32, device=self.device), 0
         with self.evaluation():
             for begin in range(0, len(own), size):
@@ -403,6 +407,23 @@ class Trainer(Plan):
                 count += (size - missing) * T
         total, count = ranks.sum(total, count)
         return total / count
+
+    @functools.cached_property
+    def val_bytes(self):
+        """Bytes of text that validation's targets stand for; 0 where no vocabulary says."""
+        try:
+            lengths = token_bytes(self.val.vocab)
+        except (ValueError, ModuleNotFoundError):  # training itself needs none
+            return 0
+        pieces = np.array_split(self.val_windows, 1 + len(self.val_windows) // 1024)
+        return sum(int(lengths[self.val.read(piece)[1].numpy()].sum()) for piece in pieces)
+
+    def bits_per_byte(self, loss):
+        """validate()'s loss -> {"val_bpb": in bits per byte}, {} where that is not known."""
+        if not self.val_bytes:
+            return {}
+        tokens = len(self.val_windows) * self.model_config.block_size
+        return {"val_bpb": bits_per_byte(loss, tokens, self.val_bytes)}
 
     def hellaswag(self, examples):
         """HellaSwag by the completion protocol -> {"n", "acc", "acc_norm", "se"}."""
@@ -558,8 +579,11 @@ def evaluate(trainer, examples, log, done, known=()):
 
     if wanted(config.eval_every, "val_loss"):
         loss = trainer.validate()
-        log.write(step=done, val_loss=loss, peak_memory_bytes=peak_memory(trainer.device))
-        log.say(f"{done:>5}/{last} validation loss {loss:.4f}")
+        bpb = trainer.bits_per_byte(loss) if trainer.ranks.first else {}
+        peak = peak_memory(trainer.device)
+        log.write(step=done, val_loss=loss, **bpb, peak_memory_bytes=peak)
+        also = "".join(f", {value:.4f} bits per byte" for value in bpb.values())
+        log.say(f"{done:>5}/{last} validation loss {loss:.4f}{also}")
     if examples and done and wanted(config.hellaswag_every, "hellaswag_acc"):
         score = trainer.hellaswag(examples)
         log.write(step=done, **{f"hellaswag_{k}": v for k, v in score.items()})

@@ -27,6 +27,16 @@ def mean_curve(runs, key):
     return steps, [statistics.fmean(run.values[key][step] for run in runs) for step in steps]
 
 
+def bits_per_nat(groups):
+    """The bits per byte of a nat per token, where all Runs have the same; else None: other
+    vocabularies, or logs from before there were any."""
+    ratios = set()
+    for run in [run for runs in groups for run in runs]:
+        bpb, loss = run.last("val_bpb"), run.last("val_loss")
+        ratios.add(round(bpb / loss, 9) if bpb and loss else None)
+    return ratios.pop() if len(ratios) == 1 else None
+
+
 def draw(groups, path):
     """{name: Runs} -> curves of validation loss against tokens, FLOPs and seconds, and of HellaSwag
     against tokens, means over seeds with their range; one picture per suffix of the path's."""
@@ -64,6 +74,9 @@ def draw(groups, path):
         knee = max((values[len(values) // 4] for values in high), default=1)
         if low and knee > min(low):  # the first quarter falls too far to see the rest beside it
             axis.set_ylim(min(low) - 0.05 * (knee - min(low)), knee + 0.05 * (knee - min(low)))
+        if ratio := bits_per_nat(groups[name] for name in found):
+            scale = (lambda loss: loss * ratio, lambda bits: bits / ratio)
+            axis.secondary_yaxis("right", functions=scale).set_ylabel("bits per byte")
     score.set(xlabel="million tokens", ylabel="HellaSwag acc_norm")
     scored = (run.curve("hellaswag_acc_norm")[0] for runs in groups.values() for run in runs)
     score.set_visible(any(scored))  # else there is nothing to see

@@ -128,8 +128,12 @@ def training_record(checkpoint):
     text += f", {config['tokens']:,} tokens" if "tokens" in config else ""
     log = folder.resolve().parent / "log.jsonl"
     entries = map(parse, log.read_text(errors="replace").splitlines() if log.is_file() else [])
-    losses = {e["step"]: e["val_loss"] for e in entries if e.get("val_loss") is not None}
+    losses = {e["step"]: e for e in entries if e.get("val_loss") is not None}
     known = [step for step in losses if step <= config["step"]]
     if known:
-        text += f"; validation loss {losses[max(known)]:.4f} nats at step {max(known):,}"
+        at = max(known)
+        text += f"; validation loss {losses[at]['val_loss']:.4f} nats"
+        bpb = losses[at].get("val_bpb")
+        text += f" ({bpb:.4f} bits per byte)" if bpb is not None else ""
+        text += f" at step {at:,}"
     return [text + "."]

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import tempfile
@@ -61,6 +62,23 @@ def gpt2_ranks():
     return data_gym_to_mergeable_bpe_ranks(
         files["vocab.bpe"], files["encoder.json"], *GPT2_SHA256.values()
     )
+
+
+@functools.lru_cache(maxsize=8)
+def token_bytes(vocab=N_VOCAB):
+    """How many bytes of text each id stands for, (vocab,) int64: end-of-text for none."""
+    lengths = np.zeros(vocab, dtype=np.int64)
+    for token, i in gpt2_ranks().items():
+        if i < vocab - 1:
+            lengths[i] = len(token)
+    return lengths
+
+
+def bits_per_byte(loss, tokens, text_bytes):
+    """A mean loss in nats over `tokens` targets that stand for `text_bytes` bytes of text -> bits a
+    byte, which compares across vocabularies (The Pile, Gao et al. 2020, section 3.1). Targets
+    without bytes, such as end-of-text, cost bits all the same."""
+    return loss * tokens / math.log(2) / text_bytes
 
 
 def gpt2_vocabulary():

@@ -44,6 +44,7 @@ from model import GPT, GPTConfig
 from nanoswitch import checkpoints, cli, optimizers, progress
 from nanoswitch.log import Log
 from nanoswitch.shards import load_shards
+from nanoswitch.tokenizer import get_tokenizer
 from nanoswitch.windows import Windows, shuffled
 
 ROOT = Path(__file__).parent.parent
@@ -244,6 +245,21 @@ def test_validation_is_the_mean_over_the_first_val_tokens(plain, tokens, data, t
         last = naive_loss(GPT.from_pretrained(plain), *cut(tokens[1], range(6))).item()
     assert column(plain, "val_loss")[-1] == pytest.approx(last, abs=1e-5)
     assert [line["step"] for line in log(plain, "val_loss")] == [0, 2, 4, 6]
+    # bits per byte, by tiktoken's own bytes of the 6 windows' targets; end-of-text has none
+    decode, targets = get_tokenizer().decode_single_token_bytes, tokens[1][1 : 6 * 16 + 1]
+    n_bytes = sum(len(decode(int(i))) for i in targets if i != 50256)
+    for loss, bpb in zip(column(plain, "val_loss"), column(plain, "val_bpb"), strict=True):
+        assert bpb == pytest.approx(loss * 6 * 16 / math.log(2) / n_bytes)
+
+
+def test_a_run_needs_no_vocabulary_for_its_loss(data, tmp_path, monkeypatch, plain):
+    def missing(vocab):
+        raise ValueError("no GPT-2 vocabulary")
+
+    monkeypatch.setattr(t, "token_bytes", missing)
+    train(data, tmp_path, max_steps=2, sample_every=0)
+    assert column(tmp_path, "val_loss")[0] == column(plain, "val_loss")[0]
+    assert not log(tmp_path, "val_bpb")
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])  # 4 does not divide the 6 val windows
@@ -578,7 +594,7 @@ def test_the_log_says_what_design_names(plain):
     assert first["versions"]["torch"] == torch.__version__ and "git" in first
     wanted = [
         {"step", "train_loss", "lr", "grad_norm", "tokens", "tok_per_s", "mfu"},
-        {"step", "val_loss", "peak_memory_bytes"},
+        {"step", "val_loss", "val_bpb", "peak_memory_bytes"},
         {"step", "samples"},
     ]
     assert all(set(line) in wanted for line in others)

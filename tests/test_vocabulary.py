@@ -327,3 +327,41 @@ def test_an_id_beyond_the_cut_is_named(trained, tmp_path, capsys):
         assert run_main(main, *flags) == 1
         error = capsys.readouterr().err
         assert "holds id 600 at 1; a vocabulary of 512 ends at 511" in error
+
+
+# ----------------------------------------------------------------------------- bits per byte
+
+
+def test_the_bytes_of_tokens_add_up_to_those_of_the_text():
+    text = "naïve 中文 🎉 नमस्ते, plain"
+    # by hand, in UTF-8: ï 2, 中文 3 each, 🎉 4, each of the six Devanagari signs 3, 1 the others
+    by_hand = 4 + 2 + 1 + 6 + 1 + 4 + 1 + 18 + 7
+    assert by_hand == len(text.encode())
+    for vocab in (257, N, 50257):
+        lengths = tokenizer_file.token_bytes(vocab)
+        ids = tokenizer_file.encode(text.encode(), vocab)
+        assert lengths.shape == (vocab,) and lengths[ids].sum() == by_hand
+        assert lengths[vocab - 1] == 0 and (lengths[: vocab - 1] > 0).all()
+        if vocab > 257:
+            assert lengths.max() > 1 and (lengths[:256] == 1).all()
+
+
+def test_a_uniform_model_of_bytes_has_eight_bits_in_every_vocabulary():
+    text = "\n".join(TEXTS).encode()
+    found, nats = set(), []
+    for vocab in (257, N, 50257):
+        # the loss of a token of n bytes, each of 256 equally likely values, is n ln 256
+        ids = tokenizer_file.encode(text, vocab)
+        decode = tokenizer_file.get_tokenizer(vocab).decode_single_token_bytes
+        losses = [len(decode(int(i))) * np.log(256) for i in ids]
+        text_bytes = tokenizer_file.token_bytes(vocab)[ids].sum()
+        nats.append(np.mean(losses))
+        found.add(round(tokenizer_file.bits_per_byte(nats[-1], len(ids), text_bytes), 9))
+    assert found == {8.0} and nats[2] > 1.3 * nats[0]  # while their losses do not compare
+
+
+def test_end_of_text_has_no_bytes_but_its_bits_count():
+    a, end = tokenizer_file.encode(b"a")[0], 50256
+    text_bytes = tokenizer_file.token_bytes()[[a, end]].sum()
+    assert text_bytes == 1
+    assert tokenizer_file.bits_per_byte(np.log(4), 2, text_bytes) == pytest.approx(4)

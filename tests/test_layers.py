@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = """
     files cli device | kernels cache loss generation | model | counts | tokenizer shards
     streams readers pydocs windows hub web weights hf foreign load surgery | checkpoints
-    tracker log curves best optimizers parallel micro_batch cards compiled progress signals
-    decode publish export |
+    tracker log stats curves best optimizers parallel micro_batch cards compiled progress
+    signals decode publish export |
     fineweb hellaswag sample | train_gpt2 | compare bench app switches
 """
 ORDER = LAYERS.replace("|", " ").split()

@@ -13,29 +13,22 @@ otherwise are compared alike, those named seed_N as one config's seeds.
     OUT/lengths.md, lengths.json             --lengths: the loss at longer contexts than trained
 """
 
-import contextlib
 import dataclasses
 import importlib.util
-import io
 import json
-import math
 import os
 import statistics
-import subprocess
 import sys
-import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from model import GPT, GPTConfig
-from nanoswitch import checkpoints, cli
+from nanoswitch import cli, stats
 from nanoswitch.counts import flops_per_token, kv_bytes_per_token, num_params, on_meta
 from nanoswitch.curves import draw, mean_curve
 from nanoswitch.device import autocast, pick_device, pick_dtype
@@ -43,16 +36,11 @@ from nanoswitch.files import locked, write_beside
 from nanoswitch.log import read_run
 from nanoswitch.progress import clock, short
 from nanoswitch.shards import load_shards, match_vocabulary
-from nanoswitch.signals import StopSignal
+from nanoswitch.sweep import INCIDENTAL, Job, sweep
 from nanoswitch.windows import Windows
 from train_gpt2 import TrainConfig
 
 MUST_AGREE = ("block_size", "vocab_used", "val_tokens", "hellaswag_limit", "overfit_single_batch")
-INCIDENTAL = {  # where and how a run was done, not what it computes
-    "run_dir", "data_dir", "hellaswag_data", "device", "compile", "parallel", "micro_batch",
-    "print_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume", "curve",
-    "wandb",
-}  # fmt: skip
 
 
 @dataclass
@@ -71,6 +59,13 @@ class CompareConfig:
     """runs at a time; 0 = one per GPU, on CPU one"""
     lengths: str = ""
     """score the last checkpoints at multiples of their context too, such as 1,2,4: lengths.md"""
+    margin: float = 0.0
+    """nats; differences that are surely smaller are called equal; 0 = none is"""
+    noise: Literal["pooled", "own"] = "pooled"
+    """pooled: of all configs together where their spreads are alike; own: each row's, which takes
+    more seeds and needs no such thing"""
+    require: str = ""
+    """end with status 1 unless this config is better than the first"""
     report_only: bool = False
     """train nothing: write the table and curves of what is finished"""
 
@@ -89,7 +84,10 @@ class CompareConfig:
             self.multiples = [0]
         if min(self.multiples, default=1) < 1:
             raise ValueError(f"lengths is {self.lengths}; give whole numbers, such as 1,2,4")
+        cli.at_least(self, 0, "margin")
         names = [name_of(path) for path in self.inputs]
+        if self.require and self.require not in names[1:]:
+            raise ValueError(f"require is {self.require}; it must be one of {', '.join(names[1:])}")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two of the inputs are called {name}: rename one")
@@ -151,28 +149,15 @@ def check_runs(groups):
 # ----------------------------------------------------------------------------- the numbers
 
 
-def paired(ours, first):
-    """Losses {seed: loss} of a config and of the first one -> {"mean", "ci95", "p"} of their
-    differences over the seeds they share: Student's paired t-test, two-sided. The interval and p
-    are None with one seed, all is None without a shared one."""
-    differences = [ours[seed] - first[seed] for seed in sorted(ours.keys() & first.keys())]
-    if not differences:
-        return {"mean": None, "ci95": [None, None], "p": None}
-    mean, n = statistics.fmean(differences), len(differences)
-    if n == 1:
-        return {"mean": mean, "ci95": [None, None], "p": None}
-    from scipy.stats import t  # main() has looked for it; one seed needs none
-
-    error = statistics.stdev(differences) / math.sqrt(n)
-    half = t.ppf(0.975, n - 1) * error
-    p = 2 * t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
-    return {"mean": mean, "ci95": [mean - half, mean + half], "p": float(p)}
+def mean_sd(values):
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": spread}
 
 
 def summary(runs):
     """The numbers of one config from its finished Runs, as in results.json."""
     model = on_meta(runs[0].model_config)
-    losses = [run.last("val_loss") for run in runs]
+    losses, bpb = ([run.last(key) for run in runs] for key in ("val_loss", "val_bpb"))
     steps = [run.curve("val_loss")[0][-1] for run in runs]
     score = None
     if all(run.last("hellaswag_acc_norm") is not None for run in runs):
@@ -194,11 +179,9 @@ def summary(runs):
             run.seconds([step])[0] for run, step in zip(runs, steps, strict=True)
         ),
         "tokens": steps[0] * runs[0].config["total_batch_tokens"],
-        "val_loss": {
-            "mean": statistics.fmean(losses),
-            "sd": statistics.stdev(losses) if len(losses) > 1 else None,
-            "seeds": losses,
-        },
+        "lr": runs[0].config.get("lr"),
+        "val_loss": mean_sd(losses) | {"seeds": losses},
+        "val_bpb": None if None in bpb else mean_sd(bpb),
         "hellaswag": score,
     }
 
@@ -217,20 +200,24 @@ def reaches(runs, loss):
     return {"tokens": int(step * runs[0].config["total_batch_tokens"]), "s": seconds}
 
 
-def results(groups):
-    """{name: finished Runs} -> results.json's dict."""
+def results(groups, margin=0.0, wanted=0.0, pool=True):
+    """{name: finished Runs} -> results.json's dict. margin, wanted, pool: stats.against_first's."""
     first, configs = next(iter(groups)), {name: summary(runs) for name, runs in groups.items()}
-    reference = {run.seed: run.last("val_loss") for run in groups[first]}
+    losses = {
+        name: {run.seed: run.last("val_loss") for run in runs} for name, runs in groups.items()
+        if configs[name]["tokens"] == configs[first]["tokens"]  # else another experiment
+    }  # fmt: skip
+    found = stats.against_first(losses, margin, wanted, pool)
     for name, runs in groups.items():
         row = configs[name]
         row["seeds"] = [run.seed for run in runs]
-        fair = row["tokens"] == configs[first]["tokens"] and name != first
-        losses = {run.seed: run.last("val_loss") for run in runs}
-        row["diff"] = paired(losses, reference if fair else {})
+        row["diff"] = found["rows"].get(name, stats.UNKNOWN)
         row["reaches_first"] = reaches(runs, configs[first]["val_loss"]["mean"])
         mine, theirs = (about(group[0]) for group in (runs, groups[first]))
         row["differs_in"] = {k: v for k, v in sorted(mine.items()) if v != theirs.get(k)}
-    return {"configs": configs, "first": first}
+    asked = {"level": stats.LEVEL, "power": stats.POWER, "margin": margin, "wanted": wanted}
+    noise = {key: found[key] for key in ("method", "sd", "df")}
+    return {"configs": configs, "first": first, "statistics": noise | asked}
 
 
 def about(run):
@@ -242,12 +229,7 @@ def about(run):
 
 def verdict(diff):
     """A difference in loss, in words."""
-    low, high = diff["ci95"]
-    if diff["mean"] is None:
-        return "-"
-    if low is None:
-        return "one seed: noise unknown"
-    return "within noise" if low <= 0 <= high else "better" if high < 0 else "worse"
+    return "one seed: noise unknown" if diff["n"] == 1 else diff["verdict"] or "-"
 
 
 # ----------------------------------------------------------------------------- the table
@@ -258,18 +240,18 @@ def table(found, match, unfinished):
     configs, first = found["configs"], found["first"]
     head = [
         "config", "parameters", "MFLOP/token", "KV B/token", "tok/s", "peak memory", "tokens",
-        "validation loss", f"difference from {first}", "p", "verdict", "HellaSwag acc_norm",
-        "training time", f"reaches {first}'s loss after",
+        "validation loss", "bits per byte", f"difference from {first}", "p", "p adjusted",
+        "least effect", "verdict", "HellaSwag acc_norm", "training time",
+        f"reaches {first}'s loss after",
     ]  # fmt: skip
     rows = [cells(name, row, name == first) for name, row in configs.items()]
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     counts = {len(row["val_loss"]["seeds"]) for row in configs.values()}
     notes = [
         f"Mean ± standard deviation over {' or '.join(map(str, sorted(counts)))} seeds; the "
-        "difference is paired by seed, with its 95% interval and Student's p, each pair alone: "
-        "among many rows one in twenty falls below 0.05 by chance. An interval that holds 0 is "
-        "within noise. HellaSwag ± the standard error over its items. Training time holds "
-        "torch.compile's, and leaves out evaluations and checkpoints.",
+        "difference is paired by seed. " + about_noise(found) + " HellaSwag ± the standard error "
+        "over its items. Training time holds torch.compile's, and leaves out evaluations and "
+        "checkpoints.",
         "Parameters are matched within 1% by mlp_hidden."
         if match == "params"
         else "Parameters are not matched: a larger model has an advantage.",
@@ -299,30 +281,58 @@ def table(found, match, unfinished):
     return "\n\n".join(parts) + "\n"
 
 
+def about_noise(found):
+    """What the differences and verdicts rest on, in a few sentences."""
+    how, rows = found["statistics"], [row["diff"] for row in found["configs"].values()]
+    if not how["method"]:
+        return "With one seed nothing tells noise from effect."
+    text = {
+        "dunnett": f"The noise, {how['sd']:.4f} nats over seeds, is pooled over all configs, or "
+        "the row's own where that is larger; intervals and adjusted p are Dunnett's",
+        "holm": "Each row is judged by its own noise, for the configs' spreads differ or it was "
+        "asked for; adjusted p are Holm's, intervals Bonferroni's",
+    }[how["method"]]
+    text += (
+        ": if no config differed, one table in twenty would show a row as better or worse. p is "
+        "the row's alone. The least effect is the difference that these seeds find in 8 cases of "
+        "10. A row whose adjusted p is below 0.05 is better or worse"
+    )
+    if how["margin"]:
+        text += f"; one surely within {how['margin']:g} nats of the first is equal"
+    text += "; all else is undecided, which is not the same as equal."
+    more = [diff["more_seeds"] for diff in rows if diff["n"] and diff["ci95"][0] is not None]
+    if how["wanted"] and more:
+        most = "more than 10,000" if None in more else max(more)
+        text += f" Intervals narrower than {how['wanted']:g} nats would take {most} more seeds."
+    return text
+
+
 def cells(name, row, is_first):
     diff, score = row["diff"], row["hellaswag"]
-    change, p = "-", "-"
+    change, p, adjusted, least = "-", "-", "-", "-"
     if diff["mean"] is not None:
         change = f"{diff['mean']:+.4f}"
     if diff["p"] is not None:
         change += f" [{diff['ci95'][0]:+.4f}, {diff['ci95'][1]:+.4f}]"
-        p = f"{diff['p']:.2g}"
+        p, adjusted = f"{diff['p']:.2g}", f"{diff['p_adjusted']:.2g}"
+        least = f"{diff['least_effect']:.4f}"
     reached = row["reaches_first"]
     after = f"{short(reached['tokens'])} tokens, {clock(reached['s'])}" if reached else "not yet"
     return [
         name, f"{row['parameters']:,}", f"{row['flops_per_token'] / 1e6:,.1f}",
         f"{row['kv_bytes_per_token']:,}", f"{row['tok_per_s']:,.0f}" if row["tok_per_s"] else "-",
         f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if row["peak_memory_bytes"] else "-",
-        short(row["tokens"]), mean_and_sd(row), change, p,
-        "-" if is_first else verdict(diff),
+        short(row["tokens"]), mean_and_sd(row["val_loss"]), mean_and_sd(row["val_bpb"]),
+        change, p, adjusted, least, "-" if is_first else verdict(diff),
         f"{score['acc_norm']:.4f} ± {score['se']:.4f} (n {score['n']:,})" if score else "-",
         clock(row["wall_s"]), "-" if is_first else after,
     ]  # fmt: skip
 
 
-def mean_and_sd(row):
-    loss = row["val_loss"]
-    return f"{loss['mean']:.4f}" + ("" if loss["sd"] is None else f" ± {loss['sd']:.4f}")
+def mean_and_sd(found):
+    if found is None:  # a log from before there were bits per byte
+        return "-"
+    return f"{found['mean']:.4f}" + ("" if found["sd"] is None else f" ± {found['sd']:.4f}")
 
 
 # ----------------------------------------------------------------------------- longer contexts
@@ -382,40 +392,6 @@ def lengths_table(found):
 # ----------------------------------------------------------------------------- training them
 
 
-@dataclass
-class Job:
-    """One run to train: its arguments for train_gpt2.py and all flags they stand for."""
-
-    name: str
-    folder: Path
-    argv: list
-    config: dict
-    process: subprocess.Popen = None
-    slot: int = 0
-    share: float = 0.0  # of its steps that are logged, as last looked up
-
-    def run(self):
-        """Its Run if it has begun; ValueError if that was made by other flags."""
-        run = read_run(self.folder)
-        loaded = GPTConfig.__dataclass_fields__ if self.config["init_from"] else ()
-        for key, value in self.config.items() if run else ():
-            if run.config.get(key, value) != value and key not in INCIDENTAL.union(loaded):
-                raise ValueError(
-                    f"{self.folder} was made with {key} {run.config[key]}, not {value}; give the "
-                    f"same flags or another --out"
-                )
-        return run
-
-    def done(self):
-        run = self.run()
-        return bool(run and run.finished)
-
-    def look(self):
-        if self.share < 1 and (run := read_run(self.folder)) and run.start.get("steps"):
-            done = max(run.values.get("train_loss", {0: 0}))
-            self.share = 1.0 if run.finished else min(0.99, done / run.start["steps"])
-
-
 def plan(config, flags):
     """-> Jobs, seed by seed, so that all configs have their first seed soon."""
     base = [config.base] if config.base else []
@@ -456,104 +432,6 @@ def match_parameters(path, argv, wanted):
     )
 
 
-def busy(folder):
-    """Whether another process trains there."""
-    try:
-        with checkpoints.sole_user(folder):
-            return False
-    except ValueError as error:
-        if "another process" not in str(error):
-            raise
-        return True
-
-
-def sweep(jobs, at_once):
-    """Train every Job that is not done, `at_once` at a time -> the lines of those that failed.
-
-    One that another process is training is passed over and looked at again later."""
-    waiting = deque(job for job in jobs if not job.done())
-    active, failed, slots = [], [], deque(range(at_once))
-    live = sys.stderr.isatty()  # else a line a minute, for a file
-    shape = "{percentage:3.0f}%|{bar:20}| {n:.2f}/{total} runs, {elapsed} spent, {remaining} left"
-    bar = tqdm(total=len(jobs), bar_format=shape, file=sys.stderr if live else io.StringIO())
-    looked = said = 0.0
-    with StopSignal(False) as signal, bar, stopping(active):
-        while waiting or active:
-            for _ in range(len(waiting)):
-                job = waiting.popleft()
-                if not slots or busy(job.folder):
-                    waiting.append(job)
-                elif not job.done():  # by another process, since we looked
-                    job.slot = slots.popleft()
-                    start(job, at_once)
-                    active.append(job)
-            time.sleep(0.5)
-            if signal.number:
-                break
-            for job in [job for job in active if job.process.poll() is not None]:
-                active.remove(job)
-                slots.append(job.slot)
-                run = job.run()
-                if run and run.finished:
-                    loss = run.last("val_loss")
-                    tqdm.write(f"{job.folder}: validation loss {loss:.4f}", file=sys.stdout)
-                elif busy(job.folder):
-                    waiting.append(job)  # another process was a moment faster
-                else:
-                    failed.append(f"{job.folder}: {last_line(job.folder / 'output.txt')}")
-                    tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
-            if time.monotonic() - looked > 2:
-                for job in jobs:
-                    job.look()
-                bar.n = sum(job.share for job in jobs)
-                bar.initial = bar.initial if looked else bar.n
-                bar.refresh()
-                looked = time.monotonic()
-            if not live and time.monotonic() - said > 60:
-                print(bar, file=sys.stderr, flush=True)
-                said = time.monotonic()
-    if signal.number:
-        print("stopped; the same command continues", file=sys.stderr)
-        sys.exit(signal.status())
-    return failed
-
-
-@contextlib.contextmanager
-def stopping(active):
-    """On the way out, have the Jobs that are still at work save a checkpoint and end."""
-    try:
-        yield
-    finally:
-        for job in active:
-            job.process.terminate()
-        for job in active:
-            job.process.wait()
-
-
-def start(job, at_once):
-    """Start a Job's process, with a GPU or a share of the cores of its own."""
-    environment = dict(os.environ)
-    if at_once > 1:
-        cards = os.environ.get("CUDA_VISIBLE_DEVICES")
-        cards = cards.split(",") if cards else range(torch.cuda.device_count())
-        if torch.cuda.is_available():
-            environment["CUDA_VISIBLE_DEVICES"] = str(cards[job.slot % len(cards)])
-        else:
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
-    job.folder.mkdir(parents=True, exist_ok=True)
-    script = Path(__file__).with_name("train_gpt2.py")
-    with open(job.folder / "output.txt", "ab") as output:
-        job.process = subprocess.Popen(
-            [sys.executable, str(script), *job.argv], env=environment,
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-
-def last_line(path):
-    lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
-
-
 # ----------------------------------------------------------------------------- main
 
 
@@ -566,7 +444,7 @@ def report(groups, config):
     if next(iter(groups)) not in finished:
         raise ValueError(f"{next(iter(groups))} has no finished run yet: nothing to compare with")
     check_runs(groups)
-    found, out = results(finished), Path(config.out)
+    found, out = results(finished, config.margin, 0.0, config.noise == "pooled"), Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         write(out / "results.md", table(found, config.match, unfinished))
@@ -578,6 +456,15 @@ def report(groups, config):
             write(out / "lengths.json", json.dumps(losses, indent=1))
     print_short(found)
     print(f"written: {out}/results.md, results.json, curves.png, curves.svg")
+    return found
+
+
+def check_required(found, name):
+    """ValueError unless the config of this name is better than the first."""
+    row = found["configs"].get(name)
+    says = verdict(row["diff"]) if row else "not finished"
+    if name and says != "better":
+        raise ValueError(f"{name} is not better than {found['first']}: {says}")
 
 
 def write(path, text):
@@ -592,7 +479,7 @@ def print_short(found):
         diff = row["diff"]
         change = "" if diff["mean"] is None else f"{diff['mean']:+.4f}"
         says = "" if name == found["first"] else verdict(diff)
-        size, loss = row["parameters"], mean_and_sd(row)
+        size, loss = row["parameters"], mean_and_sd(row["val_loss"])
         print(f"{name[:19]:<20}{size:>13,}{loss:>18}{change:>12}  {says}")
 
 
@@ -608,7 +495,8 @@ def parse():
     argv = [f"--{name}={value}" for _, name, value in flags if name in own] + inputs
     config = cli.parse(CompareConfig, argv=["--help"] if asks_help else argv)
     for origin, name, _ in flags:
-        if not config.trains and name not in ("out", "lengths", "report_only"):
+        allowed = ("out", "lengths", "report_only", "margin", "noise", "require")
+        if not config.trains and name not in allowed:
             raise ValueError(f"{origin} has no effect on finished runs: leave it out")
     return config, [f"--{name}={value}" for _, name, value in flags if name not in own]
 
@@ -627,7 +515,7 @@ def main():
     check_packages(config)
     if not config.trains:
         groups = {name_of(path): read_folders(path) for path in config.inputs}
-        return report(groups, config)
+        return check_required(report(groups, config), config.require)
     jobs, failed = plan(config, flags), []
     if not config.report_only:
         failed = sweep(jobs, config.jobs or torch.cuda.device_count() or 1)
@@ -635,11 +523,12 @@ def main():
     for job in jobs:
         groups[job.name] += [run for run in [job.run()] if run]
     try:
-        report(groups, config)
+        found = report(groups, config)
     except ValueError as error:
         raise ValueError(f"{error}; {failed[0]}" if failed else error) from None
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed; the first: {failed[0]}")
+    check_required(found, config.require)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ import numpy as np
 LEVEL = 0.05  # of the whole table
 POWER = 0.8
 UNEQUAL = 0.1  # a p of Bartlett's test below which spreads are not pooled
+UNKNOWN = {  # about a row without a seed in common with the first
+    "mean": None, "ci95": [None, None], "p": None, "p_adjusted": None, "verdict": None,
+    "least_effect": None, "n": 0, "more_seeds": None,
+}  # fmt: skip
 
 # ----------------------------------------------------------------------------- the distribution
 
@@ -199,8 +203,7 @@ def against_first(losses, margin=0.0, wanted=0.0, pool=True):
     5% over all rows, place the difference within `margin` nats of 0 on both sides (Schuirmann
     1987); else undecided."""
     (_, first), *others = losses.items()
-    empty = dict.fromkeys(("mean", "p", "p_adjusted", "verdict", "least_effect", "more_seeds"))
-    found = {name: empty | {"ci95": [None, None], "n": 0} for name, _ in others}
+    found = {name: dict(UNKNOWN) for name, _ in others}
     result = {"method": None, "sd": None, "df": 0, "rows": found}
     changes = {name: shared(ours, first) for name, ours in others}
     changes = {name: d for name, d in changes.items() if len(d)}

@@ -4,7 +4,6 @@ against runs of train_gpt2.py."""
 import contextlib
 import io
 import json
-import math
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from builders import run_main, write_jsonl
+from scipy.stats import ttest_rel
 
 import compare
 from model import GPT, GPTConfig
@@ -36,7 +36,7 @@ def write_run(folder, losses, seed=1, speeds=(), steps=3, event="start", **chang
             for step, speed in enumerate(speeds, 1)
         ),
         *(
-            {"step": step, "val_loss": loss, "peak_memory_bytes": 1000 + step}
+            {"step": step, "val_loss": loss, "val_bpb": loss / 2, "peak_memory_bytes": 1000 + step}
             for step, loss in losses.items()
         ),
     ]
@@ -64,37 +64,6 @@ def command(*argv, fails=False):
 # ----------------------------------------------------------------------------- numbers
 
 
-def test_the_difference_is_students_paired_test():
-    from scipy.stats import ttest_rel
-
-    first, ours = {1: 5.0, 2: 5.2, 3: 4.9}, {1: 4.9, 2: 5.05, 3: 4.88}
-    found = compare.paired(ours, first)
-    reference = ttest_rel(list(ours.values()), list(first.values()))
-    assert found["p"] == pytest.approx(reference.pvalue)
-    interval = reference.confidence_interval(0.95)
-    assert found["ci95"] == pytest.approx([interval.low, interval.high])
-    # the same by hand: t of 2 degrees of freedom is 4.3027 at 97.5%
-    differences = [-0.1, -0.15, -0.02]
-    mean = sum(differences) / 3
-    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / 2 / 3)
-    assert found["mean"] == pytest.approx(mean)
-    assert found["ci95"][1] == pytest.approx(mean + 4.302653 * spread)
-
-
-def test_seeds_are_paired_by_their_number_and_one_has_no_interval():
-    assert compare.paired({2: 1.0, 7: 3.0}, {1: 9.0, 2: 1.5})["mean"] == pytest.approx(-0.5)
-    assert compare.paired({2: 1.0}, {2: 1.5})["ci95"] == [None, None]
-    assert compare.paired({2: 1.0}, {3: 1.5})["mean"] is None
-
-
-@pytest.mark.parametrize(
-    "low, high, word",
-    [(-0.2, -0.1, "better"), (0.1, 0.2, "worse"), (-0.1, 0.1, "noise"), (None, None, "one seed")],
-)
-def test_a_difference_is_put_into_words(low, high, word):
-    assert word in compare.verdict({"mean": 0.0, "ci95": [low, high], "p": None})
-
-
 def test_a_row_holds_what_the_logs_say(tmp_path):
     groups = groups_of(tmp_path, gpt2=[5.0, 5.2, 4.9], rope=[4.0, 4.2, 3.8])
     found = compare.results(groups)
@@ -107,6 +76,12 @@ def test_a_row_holds_what_the_logs_say(tmp_path):
     assert row["val_loss"]["mean"] == pytest.approx(4.0)
     assert row["val_loss"]["sd"] == pytest.approx(0.2)
     assert row["diff"]["mean"] == pytest.approx((-1.0 - 1.0 - 1.1) / 3)
+    reference = ttest_rel([4.0, 4.2, 3.8], [5.0, 5.2, 4.9])  # of one row nothing is adjusted
+    assert row["diff"]["p"] == row["diff"]["p_adjusted"] == pytest.approx(reference.pvalue)
+    interval = reference.confidence_interval(0.95)
+    assert row["diff"]["ci95"] == pytest.approx([interval.low, interval.high])
+    assert row["diff"]["verdict"] == "better" and row["diff"]["least_effect"] > 0
+    assert row["val_bpb"]["mean"] == pytest.approx(2.0) == 2 * row["val_bpb"]["sd"] / 0.1
     assert row["kv_bytes_per_token"] == 2 * 8 * 2  # keys and values, 8 wide, bf16, one layer
     gpt = GPT(GPTConfig(**MODEL))
     assert row["flops_per_token"] == flops_per_token(gpt)
@@ -142,6 +117,37 @@ def test_the_table_names_noise_and_what_differs(tmp_path):
     assert "-1.0000" in rope and "one seed: noise unknown" in rope
     assert "- rope: lr 1.0, pos rope" in text
     assert "Parameters are not matched" in text and "left out: runs/x" in text
+
+
+def test_every_row_is_judged_among_all(tmp_path):
+    """By test_stats.py's tests; here, that the table says what they find."""
+    groups = groups_of(
+        tmp_path, a=[5.0, 5.2, 4.9], b=[4.6, 4.9, 4.46], c=[5.08, 5.15, 4.9], d=[5.4, 5.65, 5.2]
+    )
+    found = compare.results(groups, margin=0.2)
+    rows = [row["diff"] for row in found["configs"].values()][1:]
+    assert [row["verdict"] for row in rows] == ["better", "equal", "worse"]
+    assert all(row["p_adjusted"] > row["p"] for row in rows)
+    assert found["statistics"]["method"] == "dunnett" and found["statistics"]["df"] == 6
+    text = compare.table(found, "none", [])
+    assert "Dunnett" in text and "within 0.2 nats of the first is equal" in text
+    for row in rows:
+        assert f"{row['p']:.2g} | {row['p_adjusted']:.2g} | {row['least_effect']:.4f}" in text
+    own = compare.table(compare.results(groups, pool=False), "none", [])
+    assert "Holm" in own and "equal |" not in own
+
+
+def test_a_log_without_bits_per_byte_is_still_read(tmp_path):
+    groups = groups_of(tmp_path, a=[5.0], b=[4.0])
+    log = tmp_path / "b" / "seed_1" / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+        line.pop("val_bpb", None)
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    groups["b"] = compare.read_folders(tmp_path / "b")
+    found = compare.results(groups)
+    assert found["configs"]["b"]["val_bpb"] is None
+    assert "| 4.0000 | - | -1.0000 |" in compare.table(found, "none", [])
 
 
 # ----------------------------------------------------------------------------- logs
@@ -224,6 +230,24 @@ def test_finished_runs_are_compared_from_their_logs_alone(tmp_path):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     command(*folders, "--out", out)  # the same again, byte for byte
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("rope", None),
+        ("none", "none is not better than gpt2: undecided"),
+        ("gpt2", "it must be one of rope, none"),
+    ],
+)
+def test_a_script_can_require_a_gain(tmp_path, name, words):
+    groups_of(tmp_path, gpt2=[5.0, 5.2, 4.9], rope=[4.0, 4.2, 3.9], none=[5.1, 5.1, 4.9])
+    folders = [tmp_path / name for name in ("gpt2", "rope", "none")]
+    done = command(*folders, "--out", tmp_path / "o", "--require", name, fails=bool(words))
+    assert (words or "") in done.stderr and done.stderr.count("\n") == bool(words)
+    if name != "gpt2":
+        found = json.loads((tmp_path / "o" / "results.json").read_text())
+        assert (found["configs"][name]["diff"]["verdict"] == "better") == (not words)
 
 
 @pytest.fixture(scope="module")

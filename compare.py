@@ -9,14 +9,16 @@ otherwise are compared alike, those named seed_N as one config's seeds.
 
     OUT/runs/NAME/seed_S/                    the runs, as train_gpt2.py leaves them
     OUT/results.md, results.json             the table, from their logs alone
+    OUT/report.html                          the same and more on one page, to send
     OUT/curves.png, curves.svg               needs matplotlib; more than one seed needs scipy too
     OUT/lengths.md, lengths.json             --lengths: the loss at longer contexts than trained
+    OUT/tune/NAME/FLAG_VALUE/                --tune: the search of each config's own value
+    OUT/tuned/NAME/seed_S/                   the runs at it, where it is not the common one
 """
 
 import dataclasses
 import importlib.util
 import json
-import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -29,18 +31,18 @@ from tyro.conf import Positional
 
 from model import GPT, GPTConfig
 from nanoswitch import cli, stats
-from nanoswitch.counts import flops_per_token, kv_bytes_per_token, num_params, on_meta
-from nanoswitch.curves import draw, mean_curve
+from nanoswitch.counts import flops_per_token, kv_bytes_per_token, on_meta
+from nanoswitch.curves import draw, draw_searches, mean_curve
 from nanoswitch.device import autocast, pick_device, pick_dtype
 from nanoswitch.files import locked, write_beside
 from nanoswitch.log import read_run
 from nanoswitch.progress import clock, short
+from nanoswitch.report import page
 from nanoswitch.shards import load_shards, match_vocabulary
-from nanoswitch.sweep import INCIDENTAL, Job, sweep
+from nanoswitch.study import MUST_AGREE, Study, check_fair, name_of, read_entries, show_plan
+from nanoswitch.sweep import INCIDENTAL
 from nanoswitch.windows import Windows
 from train_gpt2 import TrainConfig
-
-MUST_AGREE = ("block_size", "vocab_used", "val_tokens", "hellaswag_limit", "overfit_single_batch")
 
 
 @dataclass
@@ -66,6 +68,18 @@ class CompareConfig:
     more seeds and needs no such thing"""
     require: str = ""
     """end with status 1 unless this config is better than the first"""
+    tune: str = ""
+    """a numeric flag, such as lr: search each config's own value, and compare at those too"""
+    tune_frac: float = 0.25
+    """fraction of the steps that a run of the search takes"""
+    resolve: float = 0.0
+    """nats; add seeds to the first and a row in pairs until its interval is narrower"""
+    max_seeds: int = 12
+    """the most seeds that --resolve gives a config"""
+    plan: bool = False
+    """print runs, tokens, hours and the least effect that the seeds can show; train nothing"""
+    sd: float = 0.0
+    """--plan's spread of one config over seeds in nats; 0 = that of finished runs, else typical"""
     report_only: bool = False
     """train nothing: write the table and curves of what is finished"""
 
@@ -84,18 +98,21 @@ class CompareConfig:
             self.multiples = [0]
         if min(self.multiples, default=1) < 1:
             raise ValueError(f"lengths is {self.lengths}; give whole numbers, such as 1,2,4")
-        cli.at_least(self, 0, "margin")
+        cli.at_least(self, 0, "margin resolve sd")
+        if not 0 < self.tune_frac <= 1:
+            raise ValueError(f"tune_frac is {self.tune_frac}; it must be above 0, up to 1")
+        numeric = {
+            f.name for c in (GPTConfig, TrainConfig) for f in dataclasses.fields(c)
+            if f.type in (int, float)
+        } - INCIDENTAL - {"seed", "max_steps", *MUST_AGREE}  # fmt: skip
+        if self.tune and self.tune not in numeric:
+            cli.check_name(f"tune {self.tune}", self.tune, numeric)
         names = [name_of(path) for path in self.inputs]
         if self.require and self.require not in names[1:]:
             raise ValueError(f"require is {self.require}; it must be one of {', '.join(names[1:])}")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two of the inputs are called {name}: rename one")
-
-
-def name_of(path):
-    """A config file or run folder -> its name in the table."""
-    return Path(path).stem if path.endswith(".toml") else Path(os.path.abspath(path)).name
 
 
 # ----------------------------------------------------------------------------- reading logs
@@ -111,20 +128,6 @@ def read_folders(path):
             f"started"
         )
     return sorted(runs, key=lambda run: run.seed)
-
-
-def check_fair(configs, keys=MUST_AGREE):
-    """ValueError unless all of {name: flags} see the same tokens and are scored on the same."""
-    (first, reference), *others = configs.items()
-    for name, config in others:
-        for key in keys:
-            mine, theirs = config.get(key), reference.get(key)
-            if mine != theirs and None not in (mine, theirs):
-                known = key in TrainConfig.__dataclass_fields__ | GPTConfig.__dataclass_fields__
-                hint = f"give --{key} for all" if known else "use the same data for all"
-                raise ValueError(
-                    f"no fair comparison: {first} has {key} {theirs}, {name} has {mine}; {hint}"
-                )
 
 
 def check_runs(groups):
@@ -235,8 +238,8 @@ def verdict(diff):
 # ----------------------------------------------------------------------------- the table
 
 
-def table(found, match, unfinished):
-    """results()'s dict -> results.md."""
+def grid(found):
+    """results()'s dict -> the table's head and rows, of text."""
     configs, first = found["configs"], found["first"]
     head = [
         "config", "parameters", "MFLOP/token", "KV B/token", "tok/s", "peak memory", "tokens",
@@ -245,7 +248,12 @@ def table(found, match, unfinished):
         f"reaches {first}'s loss after",
     ]  # fmt: skip
     rows = [cells(name, row, name == first) for name, row in configs.items()]
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return head, rows
+
+
+def notes_of(found, match, unfinished):
+    """What must be known to read the table: a list of paragraphs."""
+    configs, first = found["configs"], found["first"]
     counts = {len(row["val_loss"]["seeds"]) for row in configs.values()}
     notes = [
         f"Mean ± standard deviation over {' or '.join(map(str, sorted(counts)))} seeds; the "
@@ -270,12 +278,20 @@ def table(found, match, unfinished):
         notes.append(f"No seed in common with {first}, so no difference: {', '.join(alone)}.")
     if unfinished:
         notes.append(f"Not finished, so left out: {', '.join(unfinished)}.")
+    return notes
+
+
+def table(found, match, unfinished):
+    """results()'s dict -> results.md."""
+    configs, first = found["configs"], found["first"]
+    head, rows = grid(found)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     differs = [
         f"- {name}: {', '.join(f'{k} {v}' for k, v in row['differs_in'].items()) or 'nothing'}"
         for name, row in configs.items()
         if name != first
     ]
-    parts = ["\n".join(lines), *notes, "![curves](curves.png)"]
+    parts = ["\n".join(lines), *notes_of(found, match, unfinished), "![curves](curves.png)"]
     if differs:
         parts += [f"Where a config differs from {first}:", "\n".join(differs)]
     return "\n\n".join(parts) + "\n"
@@ -389,81 +405,100 @@ def lengths_table(found):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{note}\n"
 
 
-# ----------------------------------------------------------------------------- training them
-
-
-def plan(config, flags):
-    """-> Jobs, seed by seed, so that all configs have their first seed soon."""
-    base = [config.base] if config.base else []
-    jobs, configs, matched = [], {}, None
-    for path in config.inputs:
-        argv = [*base, path, *flags]
-        model, train = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
-        if config.match == "params" and matched:
-            argv.append(f"--mlp_hidden={match_parameters(path, argv, matched)}")
-            model, train = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
-        matched = matched or num_params(model)
-        configs[path] = dataclasses.asdict(model) | dataclasses.asdict(train)
-        for seed in range(train.seed, train.seed + config.seeds):
-            folder = Path(config.out) / "runs" / name_of(path) / f"seed_{seed}"
-            own = [*argv, f"--seed={seed}", f"--run_dir={folder}"]
-            flat = configs[path] | {"seed": seed, "run_dir": str(folder)}
-            jobs.append(Job(name_of(path), folder, own, flat))
-    check_fair(configs, (*MUST_AGREE, "seed", "data_dir", "hellaswag_data"))
-    return sorted(jobs, key=lambda job: job.config["seed"])
-
-
-def match_parameters(path, argv, wanted):
-    """The mlp_hidden with which a config has `wanted` parameters within 1%."""
-
-    def count(hidden):
-        flags = [*argv, f"--mlp_hidden={hidden}"]
-        return num_params(cli.parse(GPTConfig, TrainConfig, argv=flags, configs=True)[0])
-
-    each = count(2) - count(1)  # the count is a straight line
-    exact = 1 + (wanted - count(1)) / each
-    for unit in (64, 8, 1):  # round widths are faster
-        hidden = round(exact / unit) * unit
-        if hidden > 0 and abs(count(hidden) / wanted - 1) < 0.01:
-            return hidden
-    raise ValueError(
-        f"no mlp_hidden brings {path} to {wanted:,} parameters within 1%; change its n_layer or "
-        f"n_embd, or leave --match out"
-    )
-
-
 # ----------------------------------------------------------------------------- main
 
 
-def report(groups, config):
-    """Write all that OUT holds about {name: Runs}, and print the table."""
+def only_finished(groups):
+    """{name: Runs} -> {name: those finished}, and the folders or names of what is not."""
     finished = {name: [run for run in runs if run.finished] for name, runs in groups.items()}
     unfinished = [str(run.folder) for runs in groups.values() for run in runs if not run.finished]
     unfinished += [name for name, runs in groups.items() if not runs]
-    finished = {name: runs for name, runs in finished.items() if runs}
+    return {name: runs for name, runs in finished.items() if runs}, unfinished
+
+
+def report(groups, config, tuned=None, searched=None):
+    """Write all that OUT holds about {name: Runs}, and print the table -> results.json's dict.
+
+    tuned: the groups at each config's own value; searched: how that was found."""
+    finished, unfinished = only_finished(groups)
     if next(iter(groups)) not in finished:
         raise ValueError(f"{next(iter(groups))} has no finished run yet: nothing to compare with")
     check_runs(groups)
-    found, out = results(finished, config.margin, 0.0, config.noise == "pooled"), Path(config.out)
+    out, judged = Path(config.out), (config.margin, config.resolve, config.noise == "pooled")
+    found = results(finished, *judged)
+    text = table(found, config.match, unfinished)
+    if searched:
+        found["search"] = searched
+        own, missing = only_finished(tuned or {})
+        if found["first"] in own:
+            check_runs(tuned)
+            found["tuned"] = results(own, *judged)
+        text += tuned_text(found, config.match, missing)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        write(out / "results.md", table(found, config.match, unfinished))
+        write(out / "results.md", text)
         write(out / "results.json", json.dumps(found, indent=1))
         draw(finished, out / "curves")
+        if searched:
+            draw_searches(searched, out / "tune")
+        write(out / "report.html", html_page(found, finished, tuned or {}, config, unfinished))
         if config.multiples:
             losses = score_lengths(finished, config.multiples)
             write(out / "lengths.md", lengths_table(losses))
             write(out / "lengths.json", json.dumps(losses, indent=1))
     print_short(found)
-    print(f"written: {out}/results.md, results.json, curves.png, curves.svg")
+    if "tuned" in found:
+        print(f"each at its own {searched['flag']}:")
+        print_short(found["tuned"])
+    print(f"written: {out}/results.md, results.json, report.html, curves.png, curves.svg")
     return found
 
 
+def html_page(found, groups, tuned, config, unfinished):
+    """report.html: results.md, results.json and the pictures in one page."""
+    tables = [("Results", *grid(found), notes_of(found, config.match, unfinished))]
+    pictures = [("Curves", Path(config.out) / "curves.svg")]
+    if "search" in found:
+        flag = found["search"]["flag"]
+        pictures.append((f"Loss against {flag}", Path(config.out) / "tune.svg"))
+        if "tuned" in found:
+            notes = notes_of(found["tuned"], config.match, [])
+            tables.append((f"Each at its own {flag}", *grid(found["tuned"]), notes))
+    runs = {name: list(runs) for name, runs in groups.items()}
+    for name, of in tuned.items():
+        known = {run.folder for run in runs.get(name, [])}
+        runs.setdefault(name, []).extend(run for run in of if run.folder not in known)
+    return page(found, tables, runs, pictures)
+
+
+def tuned_text(found, match, missing):
+    """results.md's second part: each config at its own value, and how that was found."""
+    searched, flag = found["search"], found["search"]["flag"]
+    lines = [f"| config | own {flag} | common {flag} | tried | best inside |", "|" + " --- |" * 5]
+    for name, one in searched["configs"].items():
+        best = "not finished" if one["best"] is None else f"{one['best']:g}"
+        inside = "yes" if one["inside"] else "no"
+        lines.append(f"| {name} | {best} | {one['base']:g} | {len(one['losses'])} | {inside} |")
+    parts = [f"## Each at its own {flag}", "\n".join(lines)]
+    parts.append(
+        f"Found with seed {searched['seed']} on {searched['frac']:g} of the steps: factors of "
+        f"sqrt 2 around the common {flag}, widened until the best is inside."
+    )
+    parts.append(f"![loss against {flag}](tune.png)")
+    if "tuned" in found:
+        parts.append(table(found["tuned"], match, missing).replace("\n\n![curves](curves.png)", ""))
+    return "\n" + "\n\n".join(parts).rstrip() + "\n"
+
+
 def check_required(found, name):
-    """ValueError unless the config of this name is better than the first."""
+    """ValueError unless the config of this name is better than the first: at its own value of what
+    was tuned, if anything was."""
+    if not name:
+        return
+    found = found.get("tuned", found)
     row = found["configs"].get(name)
     says = verdict(row["diff"]) if row else "not finished"
-    if name and says != "better":
+    if says != "better":
         raise ValueError(f"{name} is not better than {found['first']}: {says}")
 
 
@@ -483,9 +518,13 @@ def print_short(found):
         print(f"{name[:19]:<20}{size:>13,}{loss:>18}{change:>12}  {says}")
 
 
+def bare(argv):
+    return cli.bare_switch(cli.bare_switch(argv, "report_only"), "plan")
+
+
 def parse():
     """The command line -> CompareConfig, and the flags that are train_gpt2.py's."""
-    flags, inputs, asks_help = cli.split_argv(cli.bare_switch(sys.argv[1:], "report_only"))
+    flags, inputs, asks_help = cli.split_argv(bare(sys.argv[1:]))
     own = {field.name for field in dataclasses.fields(CompareConfig)}
     theirs = {field.name for c in (GPTConfig, TrainConfig) for field in dataclasses.fields(c)}
     for origin, name, _ in flags:
@@ -495,7 +534,7 @@ def parse():
     argv = [f"--{name}={value}" for _, name, value in flags if name in own] + inputs
     config = cli.parse(CompareConfig, argv=["--help"] if asks_help else argv)
     for origin, name, _ in flags:
-        allowed = ("out", "lengths", "report_only", "margin", "noise", "require")
+        allowed = ("out", "lengths", "report_only", "margin", "noise", "require", "resolve")
         if not config.trains and name not in allowed:
             raise ValueError(f"{origin} has no effect on finished runs: leave it out")
     return config, [f"--{name}={value}" for _, name, value in flags if name not in own]
@@ -505,7 +544,7 @@ def check_packages(config):
     """ModuleNotFoundError, before anything is trained, for what the report will need."""
     wanted = {"matplotlib": "the curves need", "scipy": "more than one seed needs"}
     for name, why in wanted.items():
-        needed = name != "scipy" or not config.trains or config.seeds > 1
+        needed = name != "scipy" or not config.trains or config.seeds > 1 or config.resolve
         if needed and importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"{why} {name}: pip install {' '.join(wanted)}")
 
@@ -516,18 +555,18 @@ def main():
     if not config.trains:
         groups = {name_of(path): read_folders(path) for path in config.inputs}
         return check_required(report(groups, config), config.require)
-    jobs, failed = plan(config, flags), []
-    if not config.report_only:
-        failed = sweep(jobs, config.jobs or torch.cuda.device_count() or 1)
-    groups = {name_of(path): [] for path in config.inputs}  # in their order
-    for job in jobs:
-        groups[job.name] += [run for run in [job.run()] if run]
+    study = Study(config, read_entries(config, flags))
+    if config.plan:
+        return show_plan(study)
+    groups, tuned = study.do()
+    failed = study.failed
     try:
-        found = report(groups, config)
+        found = report(groups, config, tuned, study.searched())
     except ValueError as error:
         raise ValueError(f"{error}; {failed[0]}" if failed else error) from None
     if failed:
-        raise ValueError(f"{len(failed)} of {len(jobs)} runs failed; the first: {failed[0]}")
+        total = len({job.folder for job in [*study.jobs(), *study.jobs(tuned=True)]})
+        raise ValueError(f"{len(failed)} of {total} runs failed; the first: {failed[0]}")
     check_required(found, config.require)
 
 

@@ -41,10 +41,9 @@ def draw(groups, path):
     """{name: Runs} -> curves of validation loss against tokens, FLOPs and seconds, and of HellaSwag
     against tokens, means over seeds with their range; one picture per suffix of the path's."""
     try:
-        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"drawing needs matplotlib: {PIP}") from None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     found = [name for name, runs in groups.items() if runs[0].curve("val_loss")[0]]
@@ -82,6 +81,13 @@ def draw(groups, path):
     score.set_visible(any(scored))  # else there is nothing to see
     if found:
         tokens.legend(fontsize=8)
+    save(figure, path)
+
+
+def save(figure, path):
+    """Write a figure as .png and .svg, or as what the path's suffix says."""
+    import matplotlib
+
     with matplotlib.rc_context({"svg.hashsalt": "nanoswitch"}):  # the same runs, the same file
         for suffix, extra in ((".png", {"dpi": 110}), (".svg", {"metadata": {"Date": None}})):
             if not path.suffix or path.suffix == suffix:
@@ -89,6 +95,26 @@ def draw(groups, path):
                 figure.savefig(picture, format=suffix[1:], **extra)
                 with write_beside(str(path.with_suffix(suffix))) as file:
                     file.write(picture.getvalue())
+
+
+def draw_searches(searched, path):
+    """results.json's "search" -> loss against the value of the tuned flag, a line a config."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name, one in searched["configs"].items():
+        known = [(value, loss) for value, loss in one["losses"].items() if loss is not None]
+        (line,) = axis.plot(
+            *zip(*known, strict=True) if known else ([], []), marker=".", label=name
+        )
+        if one["best"] is not None and one["losses"][one["best"]] is not None:
+            axis.plot(one["best"], one["losses"][one["best"]], "o", color=line.get_color())
+    axis.set(xscale="log", xlabel=searched["flag"], ylabel="validation loss (nats)")
+    axis.legend(fontsize=8)
+    save(figure, path)
 
 
 def plot(axis, x, runs, key, name):

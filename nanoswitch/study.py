@@ -1,0 +1,310 @@
+"""Which runs a comparison takes: every config once per seed, the searches of each one's own value,
+seeds that are added until they tell; and, before any of it, what that costs."""
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model import GPTConfig
+from nanoswitch import cli, stats, tune
+from nanoswitch.counts import flops_per_token, num_params, on_meta
+from nanoswitch.device import matrix_rate, pick_device, pick_dtype
+from nanoswitch.progress import clock, short
+from nanoswitch.shards import load_shards
+from nanoswitch.sweep import Job, sweep
+from train_gpt2 import TrainConfig
+
+MUST_AGREE = ("block_size", "vocab_used", "val_tokens", "hellaswag_limit", "overfit_single_batch")
+
+
+def name_of(path):
+    """A config file or run folder -> its name in the table."""
+    return Path(path).stem if path.endswith(".toml") else Path(os.path.abspath(path)).name
+
+
+def check_fair(configs, keys=MUST_AGREE):
+    """ValueError unless all of {name: flags} see the same tokens and are scored on the same."""
+    (first, reference), *others = configs.items()
+    for name, config in others:
+        for key in keys:
+            mine, theirs = config.get(key), reference.get(key)
+            if mine != theirs and None not in (mine, theirs):
+                known = key in TrainConfig.__dataclass_fields__ | GPTConfig.__dataclass_fields__
+                hint = f"give --{key} for all" if known else "use the same data for all"
+                raise ValueError(
+                    f"no fair comparison: {first} has {key} {theirs}, {name} has {mine}; {hint}"
+                )
+
+
+@dataclass
+class Entry:
+    """One config of a comparison: its arguments for train_gpt2.py, and all flags they stand for."""
+
+    name: str
+    argv: list
+    flags: dict
+
+    def job(self, folder, seed, **changes):
+        """The run of a seed in a folder, with other flags changed."""
+        own = {"seed": seed, "run_dir": str(folder)} | changes
+        argv = [*self.argv, *(f"--{name}={value}" for name, value in own.items())]
+        if not changes:
+            return Job(self.name, folder, argv, self.flags | own)
+        return Job(self.name, folder, argv, flat(argv))
+
+
+def flat(argv):
+    """Arguments for train_gpt2.py -> {flag: value} of all its flags."""
+    model, train = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
+    return dataclasses.asdict(model) | dataclasses.asdict(train)
+
+
+def read_entries(config, flags):
+    """-> [Entry] of the inputs, in their order; ValueError for what would not be fair."""
+    base = [config.base] if config.base else []
+    entries, matched = [], None
+    for path in config.inputs:
+        argv = [*base, path, *flags]
+        if config.match == "params" and matched:
+            argv.append(f"--mlp_hidden={match_parameters(path, argv, matched)}")
+        entries.append(Entry(name_of(path), argv, flat(argv)))
+        if config.match == "params":
+            model, _ = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
+            matched = matched or num_params(model)
+    agree = (*MUST_AGREE, "seed", "data_dir", "hellaswag_data")
+    check_fair({path: e.flags for path, e in zip(config.inputs, entries, strict=True)}, agree)
+    return entries
+
+
+def match_parameters(path, argv, wanted):
+    """The mlp_hidden with which a config has `wanted` parameters within 1%."""
+
+    def count(hidden):
+        flags = [*argv, f"--mlp_hidden={hidden}"]
+        return num_params(cli.parse(GPTConfig, TrainConfig, argv=flags, configs=True)[0])
+
+    each = count(2) - count(1)  # the count is a straight line
+    exact = 1 + (wanted - count(1)) / each
+    for unit in (64, 8, 1):  # round widths are faster
+        hidden = round(exact / unit) * unit
+        if hidden > 0 and abs(count(hidden) / wanted - 1) < 0.01:
+            return hidden
+    raise ValueError(
+        f"no mlp_hidden brings {path} to {wanted:,} parameters within 1%; change its n_layer or "
+        f"n_embd, or leave --match out"
+    )
+
+
+class Study:
+    """The runs of a comparison: its configs at the common flags, and each at its own tuned value.
+
+    Which runs there must be follows from the command and the logs alone, so that the same command
+    goes on where another one stopped."""
+
+    def __init__(self, config, entries):
+        self.config, self.entries, self.failed = config, entries, []
+        self.out, self.first_seed = Path(config.out), entries[0].flags["seed"]
+        start, names = self.first_seed, [entry.name for entry in entries]
+        self.seeds = {name: list(range(start, start + config.seeds)) for name in names}
+        self.searches, self.tuned = {}, {}  # {name: Search}, {name: (Entry, folder)} once known
+
+    def sweep(self, jobs):
+        at_once = self.config.jobs or torch.cuda.device_count() or 1
+        return [] if self.config.report_only else sweep(jobs, at_once)
+
+    def train(self, jobs):
+        self.failed += self.sweep(jobs)
+
+    def try_out(self, jobs):
+        """train() for a search, where a value that diverges is an answer and no failure."""
+        self.failed += [line for line in self.sweep(jobs) if tune.DIVERGED not in line]
+
+    def places(self, tuned):
+        """-> {name: (Entry, folder of its seeds)}"""
+        if tuned:
+            return self.tuned
+        return {entry.name: (entry, self.out / "runs" / entry.name) for entry in self.entries}
+
+    def jobs(self, tuned=False):
+        """Seed by seed, so that all configs have their first seed soon."""
+        jobs = [
+            entry.job(folder / f"seed_{seed}", seed)
+            for name, (entry, folder) in self.places(tuned).items() for seed in self.seeds[name]
+        ]  # fmt: skip
+        return sorted(jobs, key=lambda job: job.config["seed"])
+
+    def groups(self, tuned=False):
+        """{name: Runs that have begun}, in the order of the inputs."""
+        groups = {name: [] for name in self.places(tuned)}
+        for job in self.jobs(tuned):
+            groups[job.name] += [run for run in [job.run()] if run]
+        return groups
+
+    def search(self):
+        """Find each config's own value of the flag --tune; unfinished leaves self.tuned empty."""
+        flag = self.config.tune
+        for entry in self.entries:
+            if not entry.flags[flag] > 0:
+                raise ValueError(f"{entry.name} has {flag} {entry.flags[flag]}: nothing to vary")
+            self.searches[entry.name] = tune.Search(entry.flags[flag], self.trial(entry))
+        tune.search(self.searches, self.try_out)
+        own = {name: one.result()["best"] for name, one in self.searches.items()}
+        if None in own.values():
+            return
+        for entry in self.entries:
+            value, folder = own[entry.name], self.out / "runs" / entry.name
+            if value != entry.flags[flag]:  # else those runs are the same
+                argv = [*entry.argv, f"--{flag}={value}"]
+                entry, folder = Entry(entry.name, argv, flat(argv)), self.out / "tuned" / entry.name
+            self.tuned[entry.name] = entry, folder
+
+    def trial(self, entry):
+        """-> the function of a value of --tune that makes its run, or None where it cannot be."""
+        flag, frac = self.config.tune, self.config.tune_frac
+        steps = steps_of(entry.flags)
+        quick = {
+            "max_steps": max(1, round(frac * steps)),
+            "warmup_steps": round(frac * entry.flags["warmup_steps"]),
+            "eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "curve": "false",
+        }  # fmt: skip
+
+        def job(value):
+            folder = self.out / "tune" / entry.name / f"{flag}_{value}"
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):
+                    return entry.job(folder, self.first_seed, **quick | {flag: value})
+            except SystemExit:  # such as a beta2 above 1
+                return None
+
+        return job
+
+    def resolve(self):
+        """Add seeds, the first's and a row's in pairs, until all intervals are narrow enough."""
+        config, first = self.config, self.entries[0].name
+        tuned = bool(self.tuned)
+        while not self.failed:
+            groups = {
+                name: [run for run in runs if run.finished]
+                for name, runs in self.groups(tuned).items()
+            }
+            losses = {
+                name: {run.seed: run.last("val_loss") for run in runs}
+                for name, runs in groups.items()
+            }
+            if any(set(losses[name]) != set(self.seeds[name]) for name in losses):
+                return  # not all are finished
+            rows = stats.against_first(losses, pool=config.noise == "pooled")["rows"]
+            wide = [name for name, diff in rows.items() if self.too_wide(diff)]
+            wide = [name for name in wide if len(self.seeds[name]) < config.max_seeds]
+            if not wide:
+                return
+            for name in wide:
+                seed = self.seeds[name][-1] + 1
+                self.seeds[name].append(seed)
+                if seed not in self.seeds[first]:
+                    self.seeds[first].append(seed)
+            self.train(self.jobs(tuned))
+
+    def too_wide(self, diff):
+        low, high = diff["ci95"]
+        return low is None or high - low >= self.config.resolve
+
+    def do(self):
+        """Train all that is missing -> the groups at the common flags, and those tuned or {}."""
+        if self.config.tune:
+            self.search()
+        tuned = self.jobs(tuned=True) if self.tuned else []
+        jobs = {job.folder: job for job in [*self.jobs(), *tuned]}
+        self.train(list(jobs.values()))
+        if self.config.resolve:
+            self.resolve()
+        return self.groups(), self.groups(tuned=True) if self.tuned else {}
+
+    def searched(self):
+        """What results.json says of the searches."""
+        if not self.searches:
+            return None
+        found = {name: one.result() for name, one in self.searches.items()}
+        return {
+            "flag": self.config.tune, "frac": self.config.tune_frac, "seed": self.first_seed,
+            "configs": found,
+        }  # fmt: skip
+
+
+def steps_of(flags):
+    """The optimizer steps of a run with these flags."""
+    if flags["max_steps"]:
+        return flags["max_steps"]
+    tokens = sum(map(len, load_shards(flags["data_dir"], "train")))
+    windows = (tokens - 1) // flags["block_size"]
+    return max(1, round(windows * flags["block_size"] / flags["total_batch_tokens"]))
+
+
+# ----------------------------------------------------------------------------- the plan
+
+
+def typical_sd(parameters):
+    """The spread over seeds in nats at this size, on a straight line in log-log through 0.01 at 1M
+    (this project's) and 0.0013 at 124M (modded-nanogpt's track 3)."""
+    return 0.01 * (parameters / 1e6) ** (math.log(0.13) / math.log(124))
+
+
+def show_plan(study):
+    """Print what a comparison will take, and what it can show."""
+    config, entries = study.config, study.entries
+    trials = 3 if config.tune else 0  # or more
+    runs = tokens = flops = 0
+    for entry in entries:
+        full = steps_of(entry.flags) * entry.flags["total_batch_tokens"]
+        times = config.seeds * (1 + bool(config.tune)) + trials * config.tune_frac
+        model = on_meta(model_of(entry.flags))
+        runs += config.seeds * (1 + bool(config.tune)) + trials
+        tokens += times * full
+        flops += times * full * flops_per_token(model)
+    device = pick_device(entries[0].flags["device"])
+    rate = matrix_rate(device, pick_dtype(entries[0].flags["dtype"], device))
+    rate *= max(1, torch.cuda.device_count())
+    done = sum(job.done() for job in study.jobs())
+    print(f"runs      {runs} or more" if config.tune else f"runs      {runs}", end="")
+    print(f", {done} of them finished" if done else "")
+    print(f"tokens    {short(tokens)}")
+    print(
+        f"time      {clock(flops / rate)} or more: computed, {flops:.3g} FLOPs at the "
+        f"{rate / 1e12:.2f} TFLOP/s of large products here"
+    )
+    rows, source = len(entries) - 1, "stated"
+    sd = config.sd
+    if not sd:
+        groups = study.groups()
+        losses = {
+            name: {run.seed: run.last("val_loss") for run in runs if run.finished}
+            for name, runs in groups.items()
+        }
+        losses = {name: of for name, of in losses.items() if of}
+        sd, source = stats.against_first(losses)["sd"] if len(losses) > 1 else None, "of these runs"
+    if not sd:
+        size = num_params(model_of(entries[0].flags))
+        sd, source = typical_sd(size), f"typical of {short(size)} parameters"
+    if rows and config.seeds > 1:
+        effect = stats.planned_effect(sd, rows, config.seeds, config.noise == "pooled")
+        print(
+            f"resolves  {effect:.4f} nats in 8 cases of 10: {rows} rows, {config.seeds} seeds, a "
+            f"spread of {sd:.4f} nats over seeds ({source})"
+        )
+    else:
+        print("resolves  nothing: it takes two configs and two seeds to tell noise from effect")
+    if config.resolve and rows:
+        pooled = config.noise == "pooled"
+        n = stats.seeds_for(config.resolve, math.sqrt(2) * sd, rows, pooled)
+        print(f"          intervals narrower than {config.resolve:g} nats: about {n} seeds")
+
+
+def model_of(flags):
+    names = GPTConfig.__dataclass_fields__
+    return GPTConfig(**{name: value for name, value in flags.items() if name in names})

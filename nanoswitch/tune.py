@@ -1,0 +1,95 @@
+"""Each config's own best value of a flag, by one rule for all: factors of sqrt(2) around its own
+value, one seed, widened until the best is inside. What a kill left is continued: every value is a
+run folder, and the rule reads nothing but their logs."""
+
+import math
+from dataclasses import dataclass, field
+
+from nanoswitch.sweep import last_line
+
+STEP = math.sqrt(2)
+MOST = 13  # values of one config: factors of 64 in all
+DIVERGED = "NaN or infinite"  # what train_gpt2.py says of it
+
+
+@dataclass
+class Search:
+    """The search of one config. base: its own value; job(value): the run that tries it, None where
+    the flag cannot have it; losses: {place: loss} of base x sqrt(2)^place, infinite where training
+    diverged or cannot be."""
+
+    base: float
+    job: object
+    losses: dict = field(default_factory=dict)
+
+    def value(self, place):
+        """Three digits: a value that folders and flags can name."""
+        value = self.base * STEP**place
+        if isinstance(self.base, int):
+            return self.base if not place else round(value)
+        return self.base if not place else float(f"{value:.3g}")
+
+    @property
+    def best(self):
+        """The place of the least loss, the lower one of equals; None before there is any."""
+        return min(sorted(self.losses), key=self.losses.get, default=None)
+
+    def wanted(self):
+        """The places to try next; none once the best is inside."""
+        if self.best is None:
+            return [-1, 0, 1]
+        missing = [place for place in (-1, 0, 1) if place not in self.losses]
+        if missing or len(self.losses) >= MOST:
+            return missing
+        return [at for at in (self.best - 1, self.best + 1) if at not in self.losses]
+
+    @property
+    def inside(self):
+        return self.best is not None and not self.wanted() and len(self.losses) < MOST
+
+    def result(self):
+        """For results.json; best is None while the search is not done."""
+        values = {self.value(at): loss for at, loss in sorted(self.losses.items())}
+        known = {value: loss if math.isfinite(loss) else None for value, loss in values.items()}
+        done = self.best is not None and not self.wanted()
+        best = self.value(self.best) if done else None
+        return {"best": best, "base": self.base, "inside": self.inside, "losses": known}
+
+
+def loss_of(job):
+    """A run's last validation loss; infinite where it diverged, None where it is not finished."""
+    run = job.run()
+    if run and run.finished:
+        return run.last("val_loss")
+    marker = job.folder / "diverged"
+    if not marker.exists():
+        if DIVERGED not in last_line(job.folder / "output.txt"):
+            return None
+        marker.touch()  # so that it is not tried again
+    return math.inf
+
+
+def search(searches, train):
+    """Do the searches {name: Search} side by side. train([Job]) trains what is not done."""
+    while True:
+        jobs = []
+        for one in searches.values():
+            for place in one.wanted():
+                value = one.value(place)
+                taken = [one.value(other) for other in one.losses]
+                job = one.job(value) if value > 0 and value not in taken else None
+                if job is None:
+                    one.losses[place] = math.inf
+                else:
+                    jobs.append((one, place, job))
+        if not jobs:
+            if any(one.wanted() for one in searches.values()):
+                continue  # all that was wanted cannot be
+            return
+        if todo := [job for _, _, job in jobs if loss_of(job) is None]:
+            train(todo)
+        for one, place, job in jobs:
+            if (loss := loss_of(job)) is not None:
+                one.losses[place] = loss
+        if any(loss_of(job) is None for _, _, job in jobs):
+            return  # not finished: the same command continues

@@ -1,0 +1,148 @@
+"""nanoswitch/study.py: which runs --tune, --resolve and --plan ask for. Instead of training, logs
+are written with losses that are known."""
+
+import json
+import math
+import random
+
+import pytest
+from scipy.stats import nct, t
+from test_compare import command
+
+from nanoswitch import study
+
+BEST = {"a": 0.0012, "b": 0.0003}  # each config's best rate
+
+
+class Trainer:
+    """Stands in for sweep(): writes the logs of jobs, in all `most` of them, then is killed."""
+
+    def __init__(self, noise=0.02, most=10**9):
+        self.noise, self.most, self.trained = noise, most, []
+
+    def __call__(self, jobs, at_once):
+        for job in [job for job in jobs if not job.done()]:
+            if len(self.trained) == self.most:
+                raise KeyboardInterrupt
+            self.trained.append(str(job.folder))
+            job.folder.mkdir(parents=True)
+            config, steps = job.config, job.config["max_steps"]
+            luck = random.Random(f"{job.name} {config['seed']}").gauss(0, self.noise)
+            loss = 4 + math.log(config["lr"] / BEST[job.name]) ** 2 + luck
+            start = {"event": "start", "step": 0, "config": config, "parameters": 9, "steps": steps}
+            lines = [start, {"step": 0, "val_loss": 9.0}, {"step": steps, "val_loss": loss}]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (job.folder / "log.jsonl").write_text(text)
+        return []
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs compare.py on two configs -> its output and the Trainer."""
+    for name in BEST:
+        (tmp_path / f"{name}.toml").write_text("n_layer = 1\nn_head = 2\nn_embd = 8\n")
+    monkeypatch.setattr("compare.draw", lambda *args: None)  # that takes a second each
+
+    def call(*argv, trainer=None, fails=False, folder="out"):
+        trainer = trainer or Trainer()
+        monkeypatch.setattr(study, "sweep", trainer)
+        always = ["--max_steps", 100, "--warmup_steps", 10, "--out", tmp_path / folder]
+        always += ["--device", "cpu", "--seed", 1]
+        configs = [tmp_path / f"{name}.toml" for name in BEST]
+        return command(*configs, *always, *argv, fails=fails), trainer
+
+    return call
+
+
+def read(folder):
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+def test_each_config_is_compared_at_the_common_rate_and_at_its_own(run, tmp_path):
+    _, trainer = run("--tune", "lr", "--seeds", 3, "--tune_frac", 0.5, "--lr", 6e-4)
+    found = read(tmp_path)
+    search = found["search"]
+    assert search["flag"] == "lr" and search["frac"] == 0.5
+    own = {name: one["best"] for name, one in search["configs"].items()}
+    assert own == {"a": pytest.approx(0.0012), "b": pytest.approx(0.0003)}
+    for name, row in found["configs"].items():
+        assert row["lr"] == 6e-4
+        assert row["val_loss"]["mean"] == pytest.approx(4 + math.log(2) ** 2, abs=0.05)
+        assert found["tuned"]["configs"][name]["lr"] == own[name]
+        assert found["tuned"]["configs"][name]["val_loss"]["mean"] == pytest.approx(4, abs=0.05)
+    assert len(trainer.trained) == len(set(trainer.trained))
+    log = (tmp_path / "out/tune/a/lr_0.0012/log.jsonl").read_text().splitlines()[0]
+    config = json.loads(log)["config"]
+    assert (config["max_steps"], config["warmup_steps"], config["seed"]) == (50, 5, 1)
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "## Each at its own lr" in text and "| a | 0.0012 | 0.0006 |" in text
+    assert "its own lr" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_common_rate_that_is_the_best_is_trained_once(run, tmp_path):
+    _, trainer = run("--tune", "lr", "--seeds", 2, "--lr", 0.0012)
+    assert [f for f in trainer.trained if "/tuned/a/" in f] == []
+    assert len([f for f in trainer.trained if "/tuned/b/" in f]) == 2
+    assert read(tmp_path)["tuned"]["configs"]["a"] == read(tmp_path)["configs"]["a"]
+
+
+def test_a_killed_study_goes_on_without_a_run_lost_or_repeated(run, tmp_path):
+    argv = ["--tune", "lr", "--seeds", 2, "--resolve", 0.12, "--max_seeds", 6]
+    _, whole = run(*argv, folder="whole")
+    trained = []
+    for most in (1, 3, 4, 5, 1, 99):
+        _, part = run(*argv, trainer=Trainer(most=most), fails=most < 99)
+        trained += part.trained
+    inside = [name.split("/out/")[1] for name in trained]
+    assert sorted(inside) == sorted(name.split("/whole/")[1] for name in whole.trained)
+    both = [json.loads((tmp_path / f / "results.json").read_text()) for f in ("out", "whole")]
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("width, limit", [(0.1, 12), (0.001, 5)])
+def test_seeds_are_added_in_pairs_until_the_interval_is_narrow(run, tmp_path, width, limit):
+    _, trainer = run("--seeds", 2, "--resolve", width, "--max_seeds", limit)
+    a, b = read(tmp_path)["configs"].values()
+    low, high = b["diff"]["ci95"]
+    assert a["seeds"] == b["seeds"] and 2 < len(a["seeds"]) <= limit
+    assert (high - low < width) == (limit == 12) == (b["diff"]["more_seeds"] == 0)
+    assert len(trainer.trained) == 2 * len(a["seeds"])
+    # not one pair more than needed
+    (tmp_path / "out" / "results.json").unlink()
+    _, again = run("--seeds", len(a["seeds"]) - 1, "--report_only")
+    low, high = read(tmp_path)["configs"]["b"]["diff"]["ci95"]
+    assert high - low >= width and not again.trained
+
+
+def test_a_plan_trains_nothing_and_counts_what_will_be(run, tmp_path):
+    done, trainer = run("--plan", "--seeds", 3, "--sd", 0.01, "--tune", "lr", "--tune_frac", 0.25)
+    assert not trainer.trained and not (tmp_path / "out").exists()
+    assert "runs      18 or more" in done.stdout  # two configs, 3 seeds twice, 3 trials each
+    tokens = 2 * (3 * 2 + 3 * 0.25) * 100 * 524288
+    assert f"tokens    {tokens / 1e6:.0f}M\n" in done.stdout
+    assert "computed" in done.stdout and "0.01" in done.stdout.split("spread of")[1]
+    # one row of 2 degrees of freedom: the noncentral t
+    effect = float(done.stdout.split("resolves  ")[1].split()[0])
+    found = nct(2, effect / (0.01 * math.sqrt(2 / 3))).sf(t.isf(0.025, 2))
+    assert found == pytest.approx(0.8, abs=0.005)
+
+
+def test_typical_noise_goes_through_what_was_measured():
+    assert study.typical_sd(1e6) == pytest.approx(0.01)
+    assert study.typical_sd(124e6) == pytest.approx(0.0013)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--tune", "lrr"], "did you mean lr?"),
+        (["--tune", "pos"], "unknown name tune pos"),
+        (["--tune", "muon_lr"], "nothing to vary"),
+        (["--tune", "lr", "--tune_frac", 0], "above 0, up to 1"),
+        (["--require", "c"], "it must be one of b"),
+        (["--resolve", -1], "0 or more"),
+    ],
+)
+def test_bad_input_ends_before_anything_runs(run, argv, words):
+    done, trainer = run(*argv, fails=True)
+    assert words in done.stderr and done.stderr.count("\n") == 1 and not trainer.trained

@@ -21,11 +21,13 @@ from model import GPT, GPTConfig
 from nanoswitch import export, load
 from nanoswitch.shards import list_shards, load_shards, open_shard, vocabulary
 from nanoswitch.tokenizer import (
+    bits_per_byte,
     encode,
     encode_texts,
     get_gigatoken,
     get_tokenizer,
     gpt2_ranks,
+    token_bytes,
     utf8,
 )
 
@@ -338,8 +340,8 @@ def test_the_bytes_of_tokens_add_up_to_those_of_the_text():
     by_hand = 4 + 2 + 1 + 6 + 1 + 4 + 1 + 18 + 7
     assert by_hand == len(text.encode())
     for vocab in (257, N, 50257):
-        lengths = tokenizer_file.token_bytes(vocab)
-        ids = tokenizer_file.encode(text.encode(), vocab)
+        lengths = token_bytes(vocab)
+        ids = encode(text.encode(), vocab)
         assert lengths.shape == (vocab,) and lengths[ids].sum() == by_hand
         assert lengths[vocab - 1] == 0 and (lengths[: vocab - 1] > 0).all()
         if vocab > 257:
@@ -351,17 +353,17 @@ def test_a_uniform_model_of_bytes_has_eight_bits_in_every_vocabulary():
     found, nats = set(), []
     for vocab in (257, N, 50257):
         # the loss of a token of n bytes, each of 256 equally likely values, is n ln 256
-        ids = tokenizer_file.encode(text, vocab)
-        decode = tokenizer_file.get_tokenizer(vocab).decode_single_token_bytes
+        ids = encode(text, vocab)
+        decode = get_tokenizer(vocab).decode_single_token_bytes
         losses = [len(decode(int(i))) * np.log(256) for i in ids]
-        text_bytes = tokenizer_file.token_bytes(vocab)[ids].sum()
+        text_bytes = token_bytes(vocab)[ids].sum()
         nats.append(np.mean(losses))
-        found.add(round(tokenizer_file.bits_per_byte(nats[-1], len(ids), text_bytes), 9))
+        found.add(round(bits_per_byte(nats[-1], len(ids), text_bytes), 9))
     assert found == {8.0} and nats[2] > 1.3 * nats[0]  # while their losses do not compare
 
 
 def test_end_of_text_has_no_bytes_but_its_bits_count():
-    a, end = tokenizer_file.encode(b"a")[0], 50256
-    text_bytes = tokenizer_file.token_bytes()[[a, end]].sum()
+    a, end = encode(b"a")[0], 50256
+    text_bytes = token_bytes()[[a, end]].sum()
     assert text_bytes == 1
-    assert tokenizer_file.bits_per_byte(np.log(4), 2, text_bytes) == pytest.approx(4)
+    assert bits_per_byte(np.log(4), 2, text_bytes) == pytest.approx(4)

@@ -17,6 +17,7 @@ otherwise are compared alike, those named seed_N as one config's seeds.
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import json
 import statistics
@@ -106,7 +107,9 @@ class CompareConfig:
             if f.type in (int, float)
         } - INCIDENTAL - {"seed", "max_steps", *MUST_AGREE}  # fmt: skip
         if self.tune and self.tune not in numeric:
-            cli.check_name(f"tune {self.tune}", self.tune, numeric)
+            near = difflib.get_close_matches(self.tune, numeric, n=1)
+            hint = f"did you mean {near[0]}?" if near else "such as lr"
+            raise ValueError(f"tune is {self.tune}, no flag with a number to vary; {hint}")
         names = [name_of(path) for path in self.inputs]
         if self.require and self.require not in names[1:]:
             raise ValueError(f"require is {self.require}; it must be one of {', '.join(names[1:])}")

@@ -136,7 +136,7 @@ def test_typical_noise_goes_through_what_was_measured():
     "argv, words",
     [
         (["--tune", "lrr"], "did you mean lr?"),
-        (["--tune", "pos"], "unknown name tune pos"),
+        (["--tune", "pos"], "tune is pos, no flag with a number to vary"),
         (["--tune", "muon_lr"], "nothing to vary"),
         (["--tune", "lr", "--tune_frac", 0], "above 0, up to 1"),
         (["--require", "c"], "it must be one of b"),

@@ -1,8 +1,12 @@
 """Fixtures of several test files. What they build is in builders.py and tiny_runs.py, which are
 imported late here: not every test file needs torch."""
 
+import os
+
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # files run side by side, a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest.register_assert_rewrite("builders", "tiny_runs")
 
 

@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import test_fineweb as tf
 import zstandard
+from builders import write_texts
 from hub_server import serve
 from test_fineweb import expected_ids, make_texts, stream
 
@@ -355,7 +356,7 @@ def test_another_column_is_said_and_recorded(tmp_path, reference, kind, capsys):
 
 
 def test_the_column_is_a_setting_of_the_shards(tmp_path):
-    source, out = tf.write_jsonl(tmp_path / "a.jsonl", make_texts(30)), tmp_path / "out"
+    source, out = write_texts(tmp_path / "a.jsonl", make_texts(30)), tmp_path / "out"
     tokenize(source, out)
     with pytest.raises(ValueError, match="--text_column text, not id"):
         tokenize(source, out, "--text_column", "id")
@@ -371,7 +372,7 @@ def test_the_column_is_a_setting_of_the_shards(tmp_path):
 
 
 def test_settings_bind_once_there_is_a_shard(tmp_path, reference):
-    source = tf.write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    source = write_texts(tmp_path / "a.jsonl", TEXTS)
     with pytest.raises(ValueError, match="no 'body' column"):
         tokenize(source, tmp_path / "out", "--text_column", "body")
     assert tokenize(source, tmp_path / "out") == expected_ids(TEXTS, reference)

@@ -271,13 +271,12 @@ def run(work, case, folder, name):
 
 
 def plan(name, part):
-    """[(work, case)] of a card. Part "most" trains all cases on hopper, which has one more kernel
-    to choose from, and every other one on ampere; each case is generated from or scored on one of
-    them. Part "rest" is what that leaves."""
+    """[(work, case)] of a card. Part "most" trains each case, and generates from it or scores it,
+    on one of the two cards. Part "rest" is what that leaves."""
     hopper, jobs = name == "hopper", []
     for i, case in enumerate(all_pairs()):
         most = {
-            "train": hopper or i % 2 == 0,
+            "train": hopper == (i % 2 == 0),
             "generate": i % 4 == (0 if hopper else 2),
             "score": i % 4 == (1 if hopper else 3),
         }

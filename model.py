@@ -742,24 +742,26 @@ class GPT(nn.Module, Generation):
         if config.document_mask:  # the end-of-text token begins a document
             docs = (idx == config.vocab_used - 1).cumsum(1)  # (B, T)
             docs = cache.number_documents(pos, docs) if cache else docs
-        masks, layers = self.masks(pos, docs, cache), cache.layers if cache else None
+        masks = self.masks(pos, docs, cache, encodings)
+        layers = cache.layers if cache else [None] * config.n_layer
         for i, block in enumerate(self.transformer.h):
-            x = block(x, rotations[self.encoded_by[i]], masks[i], layers and layers[i])
+            x = block(x, rotations[self.encoded_by[i]], masks[i], layers[i])
         return self.transformer.ln_f(x)
 
-    def masks(self, pos, docs=None, cache=None):
+    def masks(self, pos, docs=None, cache=None, encodings=None):
         """Of each layer, what the tokens at pos (T,) may attend to; docs (B, T) their documents, if
         attention keeps within them; cache, advanced to pos. Layers of one kind share one mask."""
-        masks, encodings = [], self.encodings
-        for i, block in enumerate(self.transformer.h):
-            if self.alike[i] < i:
-                masks.append(masks[self.alike[i]])
+        masks, encodings = [], encodings or self.encodings
+        for i, first in enumerate(self.alike):
+            if first < i:
+                masks.append(masks[first])
                 continue
             layer, both = cache.layers[i] if cache else None, docs
             if docs is not None:
                 k_pos = layer.ring.k_pos if cache else pos
                 both = docs, docs if k_pos is pos else cache.documents_at(k_pos)
-            masks.append(block.attn.mask(pos, encodings[self.encoded_by[i]], both, layer))
+            attn = self.transformer.h[i].attn
+            masks.append(attn.mask(pos, encodings[self.encoded_by[i]], both, layer))
         return masks
 
     def check_length(self, length):

@@ -56,9 +56,7 @@ class SampleConfig:
     """whether everyone may read the repo that push makes"""
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        cli.at_least(self, 1, "max_new_tokens num_samples")
         if self.temperature < 0 or self.top_k < 0 or self.seed < 0:
             raise ValueError("temperature, top_k and seed must be 0 or more")
         if 0 < self.temperature < 1e-6:  # the logits would overflow

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from nanoswitch.counts import flops_per_token, on_meta, pass_costs
+from nanoswitch.device import PEAK_FLOPS
 from nanoswitch.micro_batch import divisors, expected_bytes
+from nanoswitch.parallel import bytes_held
 
 
 @dataclass
@@ -26,11 +28,11 @@ class Card:
 CARDS = {
     "t4": Card(14.7, 65e12, 320e9, torch.float16),
     "3090": Card(23.6, 71e12, 936e9),
-    "4090": Card(23.6, 165e12, 1008e9),
+    "4090": Card(23.6, PEAK_FLOPS["RTX 4090"], 1008e9),
     "5090": Card(31.4, 209e12, 1792e9),
-    "a100": Card(79.2, 312e12, 2039e9),
-    "h100": Card(79.1, 989e12, 3350e9),
-    "h200": Card(139.8, 989e12, 4800e9),
+    "a100": Card(79.2, PEAK_FLOPS["A100"], 2039e9),
+    "h100": Card(79.1, PEAK_FLOPS["H100"], 3350e9),
+    "h200": Card(139.8, PEAK_FLOPS["H200"], 4800e9),
 }
 
 
@@ -54,12 +56,13 @@ def table(plan, most):
     tokens/s: one where every operator reads and writes its tensors, as without torch.compile, one
     where nothing but the products takes time. A real run stays below both."""
     card, lines = plan.card, []
+    held = bytes_held(plan.model_config, plan.config.parallel, plan.ranks.world)
     flops = flops_per_token(on_meta(plan.model_config))
     sizes = [d for d in divisors(plan.batch_windows // plan.ranks.world) if d <= most]
     for size in sizes[-8:]:
-        need = expected_bytes(plan, size) / 2**30
+        added, moved = pass_costs(plan.model_config, size, plan.dtype)
+        need = (held + added) / 2**30
         tokens = size * plan.model_config.block_size
-        moved = pass_costs(plan.model_config, size, plan.dtype).moved
         products = tokens * flops / card.flops
         slow, fast = (
             plan.ranks.world * tokens / s for s in (products + moved / card.bandwidth, products)

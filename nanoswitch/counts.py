@@ -6,8 +6,8 @@ of T (once, unless it or a module around it says otherwise; a table is only look
 products(T), multiply-adds of one token that are none of a weight's.
 """
 
-import copy
 import weakref
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,6 +26,14 @@ def on_meta(config):
     """A model of this config that has shapes and no numbers: it takes no memory."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a count draws nothing
         return GPT(config)
+
+
+def allocated(model):
+    """A model on meta with memory for its numbers, on the CPU, none of them set."""
+    model = model.to_empty(device="cpu")
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
 
 
 def num_params(config):
@@ -52,7 +60,7 @@ def flops_per_token(model, T=None):
 
 def kv_bytes_per_token(model):
     """Bytes of the cache in bf16 at a full context, divided by its tokens."""
-    model, T = copy.deepcopy(model).to("meta").eval(), model.config.block_size
+    model, T = on_meta(model.config).eval(), model.config.block_size
     cache = KVCache(model, T)
     with torch.no_grad():
         model.features(torch.zeros(1, 1, dtype=torch.int64, device="meta"), cache)
@@ -63,7 +71,7 @@ def kv_bytes_per_token(model):
 def mask_bytes(model):
     """Bytes of the masks and biases of one sequence of block_size tokens, and what the backward
     pass keeps of how they were made."""
-    model, T = copy.deepcopy(model).to("meta"), model.config.block_size
+    model, T = on_meta(model.config), model.config.block_size
     docs = None
     if model.config.document_mask:
         docs = torch.zeros(1, T, dtype=torch.int64, device="meta")
@@ -75,27 +83,31 @@ def mask_bytes(model):
     return held
 
 
-def pass_bytes(config, size, dtype=torch.float32):
-    """Peak bytes of a forward and backward pass over `size` sequences of block_size tokens, beyond
-    those of the weights and their gradients. dtype: that of the products, under autocast."""
-    storages = pass_costs(config, size, dtype)
-    return max(0, storages.peak - 2 * 4 * num_params(config))
+class PassCosts(NamedTuple):
+    """Of a forward and backward pass: the peak bytes beyond those of the weights and their
+    gradients, and the bytes that its operators read and write."""
+
+    added: int
+    moved: int
 
 
 def pass_costs(config, size, dtype=torch.float32):
-    """Run a forward and backward pass over `size` sequences on shapes alone, operator by operator
-    -> Storages, its peak with weights and gradients."""
+    """PassCosts over `size` sequences of block_size tokens: every operator runs on shapes alone.
+    dtype: that of the products, under autocast."""
     model = on_meta(config)
+    weights = 4 * model.num_params()
     with FakeTensorMode(allow_non_fake_inputs=True), Storages() as storages:
-        model = model.to_empty(device="cpu")
-        if config.tie_embeddings:
-            model.lm_head.weight = model.transformer.wte.weight
+        model = allocated(model)
         idx = torch.empty(size, config.block_size, dtype=torch.int64, device="cpu")
         storages.moved = 0
         with autocast(idx.device, dtype):
             _, loss = model.train()(idx, idx)
         loss.backward()
-    return storages
+    return PassCosts(max(0, storages.peak - 2 * weights), storages.moved)
+
+
+def pass_bytes(config, size, dtype=torch.float32):
+    return pass_costs(config, size, dtype).added
 
 
 class Storages(TorchDispatchMode):

@@ -75,8 +75,7 @@ def read_entries(config, flags):
             argv.append(f"--mlp_hidden={match_parameters(path, argv, matched)}")
         entries.append(Entry(name_of(path), argv, flat(argv)))
         if config.match == "params":
-            model, _ = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
-            matched = matched or num_params(model)
+            matched = matched or num_params(model_of(entries[-1].flags))
     agree = (*MUST_AGREE, "seed", "data_dir", "hellaswag_data")
     check_fair({path: e.flags for path, e in zip(config.inputs, entries, strict=True)}, agree)
     return entries
@@ -189,14 +188,7 @@ class Study:
         config, first = self.config, self.entries[0].name
         tuned = bool(self.tuned)
         while not self.failed:
-            groups = {
-                name: [run for run in runs if run.finished]
-                for name, runs in self.groups(tuned).items()
-            }
-            losses = {
-                name: {run.seed: run.last("val_loss") for run in runs}
-                for name, runs in groups.items()
-            }
+            losses = final_losses(self.groups(tuned))
             if any(set(losses[name]) != set(self.seeds[name]) for name in losses):
                 return  # not all are finished
             rows = stats.against_first(losses, pool=config.noise == "pooled")["rows"]
@@ -235,6 +227,14 @@ class Study:
             "flag": self.config.tune, "frac": self.config.tune_frac, "seed": self.first_seed,
             "configs": found,
         }  # fmt: skip
+
+
+def final_losses(groups):
+    """{name: Runs} -> {name: {seed: validation loss}} of those that are finished."""
+    return {
+        name: {run.seed: run.last("val_loss") for run in runs if run.finished}
+        for name, runs in groups.items()
+    }
 
 
 def steps_of(flags):
@@ -281,12 +281,7 @@ def show_plan(study):
     rows, source = len(entries) - 1, "stated"
     sd = config.sd
     if not sd:
-        groups = study.groups()
-        losses = {
-            name: {run.seed: run.last("val_loss") for run in runs if run.finished}
-            for name, runs in groups.items()
-        }
-        losses = {name: of for name, of in losses.items() if of}
+        losses = {name: of for name, of in final_losses(study.groups()).items() if of}
         sd, source = stats.against_first(losses)["sd"] if len(losses) > 1 else None, "of these runs"
     if not sd:
         size = num_params(model_of(entries[0].flags))

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from nanoswitch.counts import on_meta
+from nanoswitch.counts import allocated, on_meta
 from nanoswitch.files import first_line, pointer_hint
 
 
@@ -74,10 +74,7 @@ def check_whole(path):
 
 def empty(config):
     """A model whose weights are about to be loaded: no time is spent on drawing them."""
-    model = on_meta(config).to_empty(device="cpu")
-    if config.tie_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight
-    return model.eval()
+    return allocated(on_meta(config)).eval()
 
 
 def fill(model, weights, origin):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import train_gpt2 as t
@@ -25,16 +24,6 @@ TRAIN = dict(
     keep_checkpoints=1, curve=False,
 )  # fmt: skip
 LOSSES = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0, 2.5, 1.0, 1.5, 1.6, 1.7, 1.8]  # of steps 0, 1, ...
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finetune") / "data"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, count in (("x_val_000000", 200), ("x_train_000001", 900)):
-        np.save(folder / f"{name}.npy", rng.integers(0, 50257, count).astype(np.uint16))
-    return folder
 
 
 @pytest.fixture

@@ -327,16 +327,6 @@ TRAIN = dict(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("surgery") / "data"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, count in (("x_val_000000", 200), ("x_train_000001", 900)):
-        np.save(folder / f"{name}.npy", rng.integers(0, 50257, count).astype(np.uint16))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run(data):
     made = data.parent / "run"
     with pytest.MonkeyPatch.context() as patch:

@@ -40,7 +40,6 @@ from nanoswitch.device import (
     tune_cpu,
 )
 from nanoswitch.files import read_json
-from nanoswitch.load import load_config
 from nanoswitch.log import Log, provenance
 from nanoswitch.optimizers import OPTIMIZERS, clip_gradients, make_optimizers, step_unless
 from nanoswitch.parallel import (
@@ -198,8 +197,7 @@ class Plan:
             self.dtype = self.card.dtype
         tune_cpu(self.device)
         if config.init_from:
-            wanted, loaded = surgery.wishes(model_config), load_config(config.init_from)
-            self.surgery = surgery.plan(loaded, wanted, config)
+            self.surgery = surgery.of_run(model_config, config)
             model_config = self.surgery.new
         self.model_config = c = model_config
         if c.attention_kernel == "flex" and self.device.type != "cuda" and not self.card:
@@ -614,12 +612,18 @@ def save(trainer, run, log, done, must):
         log.write(event="save failed", step=done, error=str(error))
 
 
+def read_flags(argv=None):
+    """A command line (the process's own without argv) -> GPTConfig, TrainConfig. Beside --init_from
+    the first is surgery.Wishes: what the flags leave open, the checkpoint says."""
+    given = cli.given(argv, configs=True)
+    kind = surgery.Wishes if given.get("init_from") else GPTConfig
+    model, train = cli.parse(kind, TrainConfig, argv=argv, configs=True, description=__doc__)
+    model.given = given
+    return model, train
+
+
 def main():
-    given = cli.given(configs=True)
-    # beside --init_from flags are wishes: what they leave open, the checkpoint says
-    flags = surgery.Wishes if given.get("init_from") else GPTConfig
-    model_config, config = cli.parse(flags, TrainConfig, configs=True, description=__doc__)
-    model_config.given = given
+    model_config, config = read_flags()
     if config.dry_run:
         plan = Plan(model_config, config)
         with plan.ranks:

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from model import GPTConfig
-from nanoswitch import cli, stats, tune
+from nanoswitch import stats, surgery, tune
 from nanoswitch.counts import flops_per_token, num_params, on_meta
 from nanoswitch.device import matrix_rate, pick_device, pick_dtype
 from nanoswitch.progress import clock, short
 from nanoswitch.shards import load_shards
 from nanoswitch.sweep import Job, sweep
-from train_gpt2 import TrainConfig
+from train_gpt2 import TrainConfig, read_flags
 
 MUST_AGREE = ("block_size", "vocab_used", "val_tokens", "hellaswag_limit", "overfit_single_batch")
 
@@ -61,7 +61,9 @@ class Entry:
 
 def flat(argv):
     """Arguments for train_gpt2.py -> {flag: value} of all its flags."""
-    model, train = cli.parse(GPTConfig, TrainConfig, argv=argv, configs=True)
+    model, train = read_flags(argv)
+    if train.init_from:
+        model = surgery.of_run(model, train).new
     return dataclasses.asdict(model) | dataclasses.asdict(train)
 
 
@@ -85,8 +87,7 @@ def match_parameters(path, argv, wanted):
     """The mlp_hidden with which a config has `wanted` parameters within 1%."""
 
     def count(hidden):
-        flags = [*argv, f"--mlp_hidden={hidden}"]
-        return num_params(cli.parse(GPTConfig, TrainConfig, argv=flags, configs=True)[0])
+        return num_params(model_of(flat([*argv, f"--mlp_hidden={hidden}"])))
 
     each = count(2) - count(1)  # the count is a straight line
     exact = 1 + (wanted - count(1)) / each

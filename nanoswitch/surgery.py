@@ -14,7 +14,7 @@ import torch
 
 from model import GPT, POSITIONS, GPTConfig
 from nanoswitch.hf import parameters
-from nanoswitch.load import load_model
+from nanoswitch.load import load_config, load_model
 from nanoswitch.tokenizer import N_VOCAB
 from nanoswitch.weights import empty, fill
 
@@ -280,6 +280,12 @@ def plan(old, wanted, config):
     for name in changed:  # a switch that no row knows
         refuse(s, name, "no surgery for it is known", config)
     return s
+
+
+def of_run(flags, config):
+    """The flags of a run with --init_from, a Wishes or any GPTConfig, and its TrainConfig ->
+    Surgery."""
+    return plan(load_config(config.init_from), wishes(flags), config)
 
 
 def difference(s, name):

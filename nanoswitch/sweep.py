@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import GPTConfig
 from nanoswitch import checkpoints
 from nanoswitch.log import read_run
 from nanoswitch.signals import StopSignal
@@ -41,9 +40,8 @@ class Job:
     def run(self):
         """Its Run if it has begun; ValueError if that was made by other flags."""
         run = read_run(self.folder)
-        loaded = GPTConfig.__dataclass_fields__ if self.config["init_from"] else ()
         for key, value in self.config.items() if run else ():
-            if run.config.get(key, value) != value and key not in INCIDENTAL.union(loaded):
+            if run.config.get(key, value) != value and key not in INCIDENTAL:
                 raise ValueError(
                     f"{self.folder} was made with {key} {run.config[key]}, not {value}; give the "
                     f"same flags or another --out"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_compare import command as compare_command
 
 import train_gpt2 as t
 from model import GPT, GPTConfig
@@ -431,3 +432,24 @@ def test_without_changes_the_weights_are_the_checkpoints(run, data, tmp_path):
     made = t.Trainer(GPTConfig(), config)
     state, saved = made.model.state_dict(), load_file(run / "step_000002" / "model.safetensors")
     assert all(torch.equal(state[n], w) for n, w in saved.items()) and not made.surgery.lines
+
+
+def test_a_comparison_takes_the_checkpoints_shape(run, data, tmp_path):
+    """compare.py plans, checks and trains configs with init_from by what the checkpoint says."""
+    same = "".join(f"{name} = {json.dumps(value)}\n" for name, value in SHAPE.items())
+    new = f"{same}pos = 'rope'\nn_kv_head = 1\n"
+    for name, text in dict(pooled=f"init_from = '{run}'\nn_kv_head = 1\n", new=new).items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    flags = [f"--{name}={value}" for name, value in (TRAIN | {"data_dir": data}).items()]
+    configs = [tmp_path / "pooled.toml", tmp_path / "new.toml"]
+    assert "runs      2" in compare_command(*configs, *flags, "--plan", "true").stdout
+    compare_command(*configs, *flags, "--out", tmp_path / "out")
+    compare_command(*configs, *flags, "--out", tmp_path / "out")  # goes on where there is nothing
+    rows = json.loads((tmp_path / "out/results.json").read_text())["configs"]
+    C, hs, V = 16, 4, 50304
+    attention = C * (C + 2 * hs) + (C + 2 * hs) + C * C + C
+    assert rows["pooled"]["parameters"] == V * C + 4 * (attention + 8 * C * C + 9 * C) + 2 * C
+    assert rows["new"]["parameters"] == rows["pooled"]["parameters"]
+    (tmp_path / "new.toml").write_text(new.replace("block_size = 16", "block_size = 8"))
+    refused = compare_command(*configs, *flags, "--plan", "true", fails=True).stderr
+    assert refused.count("\n") == 1 and "block_size" in refused and "16" in refused

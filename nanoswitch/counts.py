@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,8 +25,19 @@ CACHE_WIDTH = 2  # bytes of a cached number: bf16
 
 def on_meta(config):
     """A model of this config that has shapes and no numbers: it takes no memory."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a count draws nothing
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), NoDraws():
         return GPT(config)
+
+
+class NoDraws(TorchFunctionMode):
+    """Weights keep what they are. On meta to draw them changes nothing, but imports the compiler,
+    which takes seconds of every start."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__ == "normal_":  # a tensor's, or torch.nn.init's
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 def allocated(model):

@@ -11,8 +11,6 @@ import sys
 from collections import defaultdict
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
 
 
 def decays(model):
@@ -97,6 +95,9 @@ def make_optimizers(model, config, ranks=None, dtype=None):
         flags = flags | dict(lr=config.lr * scale)
         groups = [group | {"lr_scale": scale} for group in groups]
         if config.parallel == "zero1" and ranks and ranks.distributed:
+            # a second of every start, which only zero1 needs
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
             kind, flags = ZeroRedundancyOptimizer, flags | dict(optimizer_class=kind)
         optimizers.append(kind(groups, **flags))
     return optimizers
@@ -106,7 +107,7 @@ def clip_gradients(model, most):
     """Scale all gradients so that their norm is at most `most` (0: no limit) -> the norm before,
     a scalar tensor, the same on all ranks."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most or torch.inf)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_sharded(norm) else norm
 
 
 def step_unless(skip, optimizers):
@@ -133,7 +134,12 @@ def held(optimizer):
     inner = getattr(optimizer, "optim", optimizer)
     state = (t for values in inner.state.values() for t in values.values() if torch.is_tensor(t))
     tensors = itertools.chain((p.detach() for p in parameters(optimizer)), state)
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [t.to_local() if is_sharded(t) else t for t in tensors]
+
+
+def is_sharded(value):
+    """Whether fsdp has spread it over the ranks: a DTensor, asked without a second's import."""
+    return hasattr(value, "full_tensor")
 
 
 def parameters(optimizer):

@@ -20,20 +20,12 @@ import time
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPTConfig
 from nanoswitch.counts import on_meta
 from nanoswitch.device import pick_device
-from nanoswitch.optimizers import first_state, parameters
+from nanoswitch.optimizers import first_state, is_sharded, parameters
 from nanoswitch.weights import fill
 
 
@@ -102,6 +94,13 @@ def place(model, parallel, ranks, dtype):
     gradients are summed in fp32."""
     if parallel != "fsdp" or not ranks.distributed:
         return model.to(ranks.device)
+    # a second of every start, which only fsdp needs
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     low = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
@@ -122,7 +121,7 @@ def average_gradients(forward, parallel, ranks):
 
 
 def sharded(model):
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [module for module in model.modules() if hasattr(module, "reshard")]
 
 
 @contextlib.contextmanager
@@ -163,7 +162,7 @@ def whole_state(model, optimizers, ranks):
 
 
 def gather(value, ranks):
-    if isinstance(value, DTensor):
+    if is_sharded(value):
         value = value.full_tensor()
     if not torch.is_tensor(value):
         return value
@@ -172,7 +171,7 @@ def gather(value, ranks):
 
 def state_of(optimizer, ranks):
     """{parameter: its state}; under zero1 on the first rank only."""
-    if not isinstance(optimizer, ZeroRedundancyOptimizer):
+    if not hasattr(optimizer, "consolidate_state_dict"):  # zero1's alone has it
         return optimizer.state
     optimizer.consolidate_state_dict(to=0)
     if ranks.device.type == "cuda":  # it does not wait for its own copies to the host
@@ -213,7 +212,9 @@ def load_state(model, optimizers, weights, moments, origin):
 
 def share(value, like):
     """A copy of this rank's part of a whole tensor, spread as the tensor `like` is."""
-    if isinstance(like, DTensor) and value.shape == like.shape:
+    if is_sharded(like) and value.shape == like.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value.to(like.device, copy=True) if torch.is_tensor(value) else value
 

@@ -28,11 +28,12 @@ from model import GPT, GPTConfig
 from nanoswitch import micro_batch, optimizers, parallel
 
 MODES, OPTIMIZERS = ("ddp", "zero1", "fsdp"), ("adamw", "muon")
-STEPS, MIDDLE = 30, 20
+EVERY_FEW = 5
+MIDDLE, STEPS = 2 * EVERY_FEW, 3 * EVERY_FEW
 FLAGS = dict(
     block_size=32, n_layer=2, n_head=2, n_embd=16, total_batch_tokens=256, micro_batch=2,
-    max_steps=STEPS, val_tokens=224, eval_every=10, sample_every=STEPS, hellaswag_every=STEPS,
-    checkpoint_every=10, keep_checkpoints=0, norm="rmsnorm", mlp="swiglu", pos="rope", curve=False,
+    max_steps=STEPS, val_tokens=224, eval_every=EVERY_FEW, sample_every=STEPS, hellaswag_every=STEPS,
+    checkpoint_every=EVERY_FEW, keep_checkpoints=0, norm="rmsnorm", mlp="swiglu", pos="rope", curve=False,
 )  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def assert_same_run(run, reference, close=1e-5, world=None):
     assert column(run, "samples")[0] == column(reference, "samples")[0]
     if world:
         assert log(run, "event")[-1]["world"] == world
-    for step in (10, MIDDLE, STEPS):
+    for step in (EVERY_FEW, MIDDLE, STEPS):
         ours, theirs = weights(run, step), weights(reference, step)
         assert ours.keys() == theirs.keys()
         for name in ours:
@@ -144,7 +145,8 @@ EVERY = list(itertools.product(MODES, OPTIMIZERS))
 
 
 def test_two_ranks_train_as_one_process_in_every_mode(folder):
-    check_runs(2, EVERY[:-1], folder)  # fsdp with muon, the slowest, only continues here
+    own = [mode for mode in EVERY if mode not in (("ddp", "muon"), ("fsdp", "muon"))]
+    check_runs(2, own, folder)  # muon under zero1 alone, from where fsdp goes on
 
 
 @pytest.mark.slow

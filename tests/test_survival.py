@@ -454,7 +454,10 @@ def run_out_of_memory(flags):
     cli.run(train_gpt2.main)
 
 
-@pytest.mark.parametrize("restarts, eval_every", [(0, 0), (1, 3)])  # in a step, in validation
+@pytest.mark.parametrize(
+    "restarts, eval_every",
+    [pytest.param(0, 0, marks=pytest.mark.slow), (1, 3)],  # in a step, in validation
+)
 def test_out_of_memory_on_one_of_two_ranks_goes_on_with_less(
     whole, data, tmp_path, restarts, eval_every
 ):
@@ -489,9 +492,10 @@ def test_out_of_memory_with_a_given_micro_batch_says_what_to_try(data, tmp_path,
 # ----------------------------------------------------------------------------- kills
 
 
-def test_a_few_kills_at_random_moments_lose_nothing():
-    line = [sys.executable, ROOT / "tests" / "torture.py", "--kills", "4", "--seed", "1"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("work", ["train", pytest.param("all", marks=pytest.mark.slow)])
+def test_a_few_kills_at_random_moments_lose_nothing(work):
+    line = [sys.executable, ROOT / "tests" / "torture.py", "--kills", "4", "--work", work]
+    done = subprocess.run([*line, "--seed", "1"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 kills" in done.stdout
 

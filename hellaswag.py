@@ -314,7 +314,7 @@ def score_batch(model, batch, batch_tokens, device):
             missing = shared + longest - len(row.ids)
             rests.append(row.ids[shared:] + (0,) * missing)
             targets.append((-1,) * (len(row.context) - shared) + row.ending + (-1,) * missing)
-        x = contexts[owner, -1:]  # (R, 1, C) foretells the first token
+        x = contexts[owner, -1:]  # (R, 1, C) predicts the first token
         if longest > 1:
             rests = torch.tensor(rests, device=device)[:, :-1]
             x = torch.cat((x, model.features(rests, cache.pick(owner))), dim=1)

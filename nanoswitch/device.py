@@ -29,7 +29,7 @@ def pick_device(name):
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device '{name}' is not to be had: {reason}") from None
+        raise ValueError(f"this machine has no device '{name}': {reason}") from None
 
 
 def pick_dtype(name, device):

@@ -43,7 +43,7 @@ from tyro.conf import Positional
 import hellaswag
 import train_gpt2
 from model import GPT, GPTConfig
-from nanoswitch import cli
+from nanoswitch import cli, scoring
 from nanoswitch.counts import flops_per_token, on_meta
 from nanoswitch.decode import decoder
 from nanoswitch.device import (
@@ -472,12 +472,12 @@ def we_score(config):
 
     def losses():  # in fp32: bf16 makes more ties
         examples = hellaswag.tokenize_items(both_score(items), "completion")
-        return hellaswag.ending_losses(model, examples)[:, 1].tolist()
+        return scoring.ending_losses(model, examples)[:, 1].tolist()
 
     def run():
         examples = hellaswag.tokenize_items(items, "completion")
         with autocast(device, pick_dtype(config.dtype, device)):
-            return len(hellaswag.predict(model, examples))
+            return len(scoring.predict(model, examples))
 
     return once_then(losses, run)
 

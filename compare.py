@@ -173,6 +173,9 @@ def summary(runs):
             # of one run: the seeds share the items, so that more of them narrow it little
             "se": statistics.fmean(run.last("hellaswag_se") or 0.0 for run in runs),
         }
+        if all(run.last("hellaswag_bpb") is not None for run in runs):  # older logs have none
+            for key in ("bpb", "bpb_se"):
+                score[key] = statistics.fmean(run.last(f"hellaswag_{key}") for run in runs)
     speeds = [speed for run in runs for speed in run.curve("tok_per_s")[1]]
     peaks = [peak for run in runs for peak in run.curve("peak_memory_bytes")[1]]
     return {
@@ -247,11 +250,21 @@ def grid(found):
     head = [
         "config", "parameters", "MFLOP/token", "KV B/token", "tok/s", "peak memory", "tokens",
         "validation loss", "bits per byte", f"difference from {first}", "p", "p adjusted",
-        "least effect", "verdict", "HellaSwag acc_norm", "training time",
+        "least effect", "verdict", "HellaSwag acc_norm", "HellaSwag bits per byte", "training time",
         f"reaches {first}'s loss after",
     ]  # fmt: skip
     rows = [cells(name, row, name == first) for name, row in configs.items()]
     return head, rows
+
+
+def hellaswag_cells(score):
+    """Accuracy, marked where it does not stand out from 1 of 4, and bits per byte."""
+    if not score:
+        return "-", "-"
+    chance = "" if score["acc_norm"] - 0.25 > 2 * score["se"] else ", at chance"
+    acc = f"{score['acc_norm']:.4f} ± {score['se']:.4f} (n {score['n']:,}{chance})"
+    bits = f"{score['bpb']:.4f} ± {score['bpb_se']:.4f}" if "bpb" in score else "-"
+    return acc, bits
 
 
 def notes_of(found, match, unfinished):
@@ -343,7 +356,7 @@ def cells(name, row, is_first):
         f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if row["peak_memory_bytes"] else "-",
         short(row["tokens"]), mean_and_sd(row["val_loss"]), mean_and_sd(row["val_bpb"]),
         change, p, adjusted, least, "-" if is_first else verdict(diff),
-        f"{score['acc_norm']:.4f} ± {score['se']:.4f} (n {score['n']:,})" if score else "-",
+        *hellaswag_cells(score),
         clock(row["wall_s"]), "-" if is_first else after,
     ]  # fmt: skip
 

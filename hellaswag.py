@@ -9,37 +9,34 @@ completion  the raw text, as build-nanogpt and llm.c score it; acc_norm takes th
 harness     the activity's label first and WikiHow's markers cleaned away, as lm-evaluation-harness
             scores it; acc_norm divides by characters (gpt2 scores acc 0.2892, acc_norm 0.3114)
 
-acc takes the ending of the lowest summed loss; a tie goes to the first ending. The standard error
-is sqrt(p (1 - p) / (n - 1)), as in lm-evaluation-harness: 0.0046 on all 10,042 items.
+acc takes the ending of the lowest summed loss; a tie goes to the first ending. Two more figures
+move before accuracy does: bpb, the bits per byte of the right ending, -log2 p(ending | context) /
+its UTF-8 bytes (as in Heineman et al. 2025, arXiv 2508.13144), and margin, by how many bits per
+byte the best wrong ending costs more than the right one. Errors are standard errors over the items:
+of acc_norm sqrt(p (1 - p) / (n - 1)), as in lm-evaluation-harness, 0.0046 on all 10,042. --versus
+takes another model's --out of the same items: the difference, with the error of paired items.
 """
 
 import gzip
-import itertools
 import json
-import math
 import os
 import random
 import re
-import sys
 import zlib
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import pyarrow.parquet as pq
-import torch
-from torch.nn.attention import sdpa_kernel
-from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from model import GPT
 from nanoswitch import cli
-from nanoswitch.cache import KVCache
 from nanoswitch.device import autocast, pick_device, pick_dtype, tune_cpu
-from nanoswitch.files import pointer_hint, write_beside
+from nanoswitch.files import pointer_hint, read_json, write_beside
 from nanoswitch.hub import hub_download
-from nanoswitch.kernels import ANY_LENGTH
 from nanoswitch.load import vocabulary_of
-from nanoswitch.tokenizer import EOT, N_VOCAB, get_tokenizer, trained_vocabulary
+from nanoswitch.scoring import Example, join, paired, score_examples, utf8
+from nanoswitch.tokenizer import EOT, N_VOCAB, get_tokenizer
 
 DATASET, DATA_FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
 DATA_FOLDER = "data/hellaswag"
@@ -61,6 +58,8 @@ class Config:
     """same seed, same sample"""
     out: str = ""
     """JSON file for the scores and every item's predictions"""
+    versus: str = ""
+    """another model's --out FILE of the same items: shows the paired difference, this minus that"""
     batch_tokens: int = 0
     """token positions in one batch, padding included; 0 = 32768 on cuda, else 4096"""
     device: str = "auto"
@@ -152,29 +151,6 @@ def check_item(record):
 # Protocols: an item -> four rows of tokens
 
 
-class Row(NamedTuple):
-    """Context and ending: the last `scored` of the tokens `ids` are the ending."""
-
-    ids: tuple
-    scored: int
-
-    @property
-    def context(self):
-        return self.ids[: -self.scored]
-
-    @property
-    def ending(self):
-        return self.ids[-self.scored :]
-
-
-class Example(NamedTuple):
-    """An item as a model sees it."""
-
-    rows: list  # four Rows
-    chars: list | None  # what acc_norm divides a row's loss by; None: the number of tokens scored
-    label: int
-
-
 def tokenize_items(items, protocol, vocab=N_VOCAB):
     """Items -> a list of Examples for "completion" or "harness", in GPT-2's first `vocab` ids (see
     get_tokenizer). Worth doing once."""
@@ -186,7 +162,8 @@ def completion(item, encode, eot=EOT):
     """Context and ending are encoded apart, and nothing is cleaned."""
     context = encode(item["ctx"])
     endings = [encode(" " + ending) for ending in item["endings"]]
-    return Example([join(context, ending, eot) for ending in endings], None, item["label"])
+    rows = [join(context, ending, eot) for ending in endings]
+    return Example(rows, None, item["label"], utf8(item["endings"]))
 
 
 def harness(item, encode, eot=EOT):
@@ -198,7 +175,7 @@ def harness(item, encode, eot=EOT):
     for ending in endings:
         ids = encode(context + " " + ending)
         rows.append(join(ids[:length], ids[length:], eot))
-    return Example(rows, [len(ending) for ending in endings], item["label"])
+    return Example(rows, [len(ending) for ending in endings], item["label"], utf8(endings))
 
 
 PROTOCOLS = {"completion": completion, "harness": harness}
@@ -212,161 +189,39 @@ def clean(text):
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def join(context, ending, eot):
-    context = context or [eot]  # a first token needs one before it to be predicted from
-    return Row((*context, *ending), len(ending))
-
-
 # ---------------------------------------------------------------------------------------------
-# Scores
+# The command
 
 
-def evaluate(model, examples, batch_tokens=0, rank=0, world=1, vocab=N_VOCAB):
-    """Score the examples -> {"n", "acc", "acc_norm", "se"}, se the standard error of acc_norm.
-
-    Runs on the model's device under the caller's autocast, in eval mode, and puts the mode back.
-    With world > 1 each rank calls it with all examples: it scores examples[rank::world] and the
-    hits are summed over torch.distributed, so that all ranks return the same.
-    """
-    mine = examples[rank::world]
-    hits = count_hits(predict(model, mine, batch_tokens, vocab=vocab), mine)  # (2,)
-    if world > 1:
-        import torch.distributed as dist
-
-        hits = hits.to(next(model.parameters()).device)
-        dist.all_reduce(hits)
-    return summarize(hits, len(examples))
+def show(name, score):
+    """Print a protocol's scores, and whether accuracy says anything yet."""
+    chance = 1 / 4
+    word = "" if score["acc_norm"] - chance > 2 * score["se"] else ", at chance"
+    print(
+        f"{name:10}  acc {score['acc']:.4f}  acc_norm {score['acc_norm']:.4f} "
+        f"± {score['se']:.4f} (standard error{word})  bits per byte {score['bpb']:.4f} "
+        f"± {score['bpb_se']:.4f}  margin {score['margin']:+.4f} ± {score['margin_se']:.4f}  "
+        f"n {score['n']:,}"
+    )
 
 
-def predict(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
-    """The chosen ending of every example -> (n, 2) int64: by summed loss, and by normed loss. The
-    options are those of ending_losses."""
-    return ending_losses(model, examples, batch_tokens, progress, vocab).argmin(2)
+def show_paired(name, found, versus):
+    """Print what paired() found."""
+    texts = (f"{what} {mean:+.4f} ± {error:.4f}" for what, (mean, error) in found.items())
+    print(f"{name:10}  minus {versus}, paired: {'  '.join(texts)}")
 
 
-def ending_losses(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
-    """What every example's four endings cost, summed and normed -> (n, 2, 4) fp64.
-
-    progress: what to write before a progress bar; empty shows none. vocab: that of the examples;
-    ValueError when it is not the model's."""
-    config = model.config
-    if trained_vocabulary(config) != vocab:
-        raise ValueError(
-            f"the tokens are GPT-2's {vocab}, this model's vocabulary is {config.vocab_size}"
-        )
-    longest = math.inf if model.extrapolates else config.block_size
-    fitted = [[cut(row, longest) for row in example.rows] for example in examples]
-    pairs = list(zip(examples, fitted, strict=True))
-    changed = sum(example.rows != rows for example, rows in pairs)
-    if progress and changed:
-        note = f"{changed} items are longer than this model's {longest} positions: cut on the left"
-        print(f"{progress}: {note}", file=sys.stderr)
-    losses = score_rows(model, {row for rows in fitted for row in rows}, batch_tokens, progress)
-    loss = torch.tensor([[losses[row] for row in rows] for rows in fitted], dtype=torch.float64)
-    norm = torch.tensor([example.chars or [row.scored for row in rows] for example, rows in pairs])
-    loss, norm = loss.view(-1, 4), norm.view(-1, 4)  # (n, 4) also when n is 0
-    return torch.stack((loss, loss / norm), dim=1)
-
-
-def cut(row, longest):
-    """Drop tokens on the left until the inputs, all tokens but the last, are at most `longest`."""
-    if len(row.ids) <= longest + 1:
-        return row
-    return Row(row.ids[-longest - 1 :], min(row.scored, longest))
-
-
-@torch.no_grad()
-@sdpa_kernel(ANY_LENGTH)
-def score_rows(model, rows, batch_tokens=0, progress=""):
-    """A set of Rows -> {row: the summed cross entropy of its ending in nats}.
-
-    Equal rows are scored once, so that equal endings tie exactly."""
-    device, was_training = next(model.parameters()).device, model.training
-    # larger ones leave a CPU's cache
-    batch_tokens = batch_tokens or (32768 if device.type == "cuda" else 4096)
-    model.eval()
-    losses = {}
-    disable = None if progress else True  # None: only on a terminal
-    with tqdm(total=len(rows), desc=progress, unit="row", disable=disable) as bar:
-        for batch in batches(rows, batch_tokens):
-            for part, scores in score_batch(model, batch, batch_tokens, device):
-                losses.update(zip(part, scores, strict=True))
-                bar.update(len(part))
-    model.train(was_training)
-    return losses
-
-
-def score_batch(model, batch, batch_tokens, device):
-    """Rows whose contexts are of about one length -> yields (some of the rows, their losses). What
-    all of them have of their contexts runs through the model once, its keys and values then serve
-    all endings, those of about one length together: half the work of whole rows."""
-    shared = min(len(row.context) for row in batch)
-    starts = {row.context[:shared]: None for row in batch}  # in order, each once
-    numbers = {start: i for i, start in enumerate(starts)}
-    cache = KVCache(model, max(len(row.ids) for row in batch) - 1)
-    contexts = model.features(torch.tensor(list(starts), device=device), cache)
-    for part in parts(batch, shared, batch_tokens):
-        owner = torch.tensor([numbers[row.context[:shared]] for row in part], device=device)  # (R,)
-        longest = len(part[0].ids) - shared
-        rests, targets = [], []
-        for row in part:
-            # padding on the right: no token sees it, for attention is causal
-            missing = shared + longest - len(row.ids)
-            rests.append(row.ids[shared:] + (0,) * missing)
-            targets.append((-1,) * (len(row.context) - shared) + row.ending + (-1,) * missing)
-        x = contexts[owner, -1:]  # (R, 1, C) predicts the first token
-        if longest > 1:
-            rests = torch.tensor(rests, device=device)[:, :-1]
-            x = torch.cat((x, model.features(rests, cache.pick(owner))), dim=1)
-        targets = torch.tensor(targets, device=device)
-        yield part, model.token_losses(x, targets).sum(1).tolist()
-
-
-ALIKE = 8  # contexts in a batch differ by less than so many tokens, which every ending repeats
-
-
-def batches(rows, batch_tokens):
-    """Yield lists of rows for score_batch, whose shared contexts fill at most batch_tokens
-    positions, the longest first so that memory peaks at once. The order depends on the rows alone,
-    not on the order in which they came."""
-    groups = {}
-    for row in sorted(rows):
-        groups.setdefault(row.context, []).append(row)
-
-    contexts = sorted(groups, key=len, reverse=True)
-    for _, alike in itertools.groupby(contexts, key=lambda context: len(context) // ALIKE):
-        alike = list(alike)
-        size = max(1, batch_tokens // len(alike[0]))
-        for i in range(0, len(alike), size):
-            yield [row for context in alike[i : i + size] for row in groups[context]]
-
-
-def parts(batch, shared, batch_tokens):
-    """Yield the rows of a batch, the longest first, in lists that beyond the `shared` tokens fill
-    at most batch_tokens positions, of about one length once there is work enough for a call."""
-    part, longest = [], 0
-    for row in sorted(batch, key=lambda row: len(row.ids), reverse=True):
-        length, used = len(row.ids) - shared, len(part) * longest
-        much_shorter = length < 0.9 * longest and used >= batch_tokens // 8
-        if part and (much_shorter or used + longest > batch_tokens):
-            yield part
-            part = []
-        if not part:
-            longest = length
-        part.append(row)
-    yield part
-
-
-def count_hits(predictions, examples):
-    """(n, 2) predictions -> (2,) how many are right."""
-    labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
-    return (predictions == labels[:, None]).sum(0)
-
-
-def summarize(hits, n):
-    acc, acc_norm = (hit / n for hit in hits.tolist())
-    se = math.sqrt(acc_norm * (1 - acc_norm) / max(n - 1, 1))
-    return {"n": n, "acc": acc, "acc_norm": acc_norm, "se": se}
+def read_scores(path, items, protocols):
+    """Another model's --out -> {protocol: [its line of each item]}; ValueError unless it scored
+    these items by these protocols."""
+    lines = read_json(path).get("items", [])
+    if [line.get("ind") for line in lines] != [item["ind"] for item in items]:
+        raise ValueError(f"{path} is of other items: take the same --data, --limit and --seed")
+    found = {name: [line.get(name, {}) for line in lines] for name in protocols}
+    for name, scores in found.items():
+        if not all({"pred_norm", "bpb", "margin"} <= score.keys() for score in scores):
+            raise ValueError(f"{path} has no {name} scores with bpb: make it anew")
+    return found
 
 
 def main():
@@ -380,22 +235,24 @@ def main():
     items = load_items(config.data, config.limit, config.seed)
     device = pick_device(config.device)
     tune_cpu(device)
+    protocols = list(PROTOCOLS) if config.protocol == "both" else [config.protocol]
+    versus = read_scores(config.versus, items, protocols) if config.versus else {}
     model = GPT.from_pretrained(config.checkpoint).to(device)
     vocab = vocabulary_of(config.checkpoint, model.config) or N_VOCAB  # which predict refuses
     result = {"n": len(items)}
     lines = [{"ind": item["ind"], "label": item["label"]} for item in items]
-    for name in PROTOCOLS if config.protocol == "both" else [config.protocol]:
+    for name in protocols:
         examples = tokenize_items(items, name, vocab)
         with autocast(device, pick_dtype(config.dtype, device)):
-            predictions = predict(model, examples, config.batch_tokens, name, vocab)
-        score = summarize(count_hits(predictions, examples), len(items))
-        result[name] = {key: score[key] for key in ("acc", "acc_norm", "se")}
-        for line, (pred, pred_norm) in zip(lines, predictions.tolist(), strict=True):
-            line[name] = {"pred": pred, "pred_norm": pred_norm}
-        print(
-            f"{name:10}  acc {score['acc']:.4f}  acc_norm {score['acc_norm']:.4f} "
-            f"± {score['se']:.4f} (standard error)  n {score['n']:,}"
-        )
+            score, found = score_examples(model, examples, config.batch_tokens, name, vocab)
+        result[name] = {key: value for key, value in score.items() if key != "n"}
+        for line, values in zip(lines, found, strict=True):
+            line[name] = values
+        show(name, score)
+        if versus:
+            labels = [item["label"] for item in items]
+            result[name]["versus"] = paired(found, versus[name], labels)
+            show_paired(name, result[name]["versus"], config.versus)
     if config.out:
         with write_beside(config.out) as file:
             file.write(json.dumps(result | {"items": lines}).encode())

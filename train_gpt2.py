@@ -24,7 +24,7 @@ import torch
 
 import hellaswag
 from model import GPT, GPTConfig
-from nanoswitch import cards, checkpoints, cli, curves, micro_batch, surgery
+from nanoswitch import cards, checkpoints, cli, curves, micro_batch, scoring, surgery
 from nanoswitch.best import Best
 from nanoswitch.cards import named_card
 from nanoswitch.cli import at_least
@@ -424,12 +424,12 @@ class Trainer(Plan):
         return {"val_bpb": bits_per_byte(loss, tokens, self.val_bytes)}
 
     def hellaswag(self, examples):
-        """HellaSwag by the completion protocol -> {"n", "acc", "acc_norm", "se"}."""
+        """HellaSwag by the completion protocol -> scoring.evaluate's figures."""
         with self.evaluation():
             ranks, vocab, tokens = self.ranks, self.train.vocab, 0
             if self.device.type == "cuda":  # what fits a training step fits here
                 tokens = min(32768, self.micro_batch * self.model_config.block_size)
-            return hellaswag.evaluate(self.model, examples, tokens, ranks.rank, ranks.world, vocab)
+            return scoring.evaluate(self.model, examples, tokens, ranks.rank, ranks.world, vocab)
 
     def sample(self, tokens=32, rows=2):
         """A few continuations of a fixed prompt -> list of texts."""
@@ -587,7 +587,7 @@ def evaluate(trainer, examples, log, done, known=()):
         log.write(step=done, **{f"hellaswag_{k}": v for k, v in score.items()})
         log.say(
             f"{done:>5}/{last} HellaSwag acc_norm {score['acc_norm']:.4f} "
-            f"± {score['se']:.4f} (n {score['n']:,})"
+            f"± {score['se']:.4f}, {score['bpb']:.4f} bits per byte (n {score['n']:,})"
         )
     if config.sample_every and wanted(config.sample_every, "samples"):
         samples = trainer.sample()

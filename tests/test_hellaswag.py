@@ -17,23 +17,18 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from builders import GPT2_VOCABULARY, grown, tiny, write_jsonl, write_step
 from hub_server import point_client_at, serve
+from scipy.stats import ttest_rel
 
 import hellaswag
-from hellaswag import (
-    count_hits,
-    evaluate,
-    load_items,
-    predict,
-    score_rows,
-    summarize,
-    tokenize_items,
-)
-from nanoswitch import cli
+from hellaswag import load_items, tokenize_items
+from nanoswitch import cli, scoring
+from nanoswitch.scoring import evaluate, predict, score_examples, score_rows
 from nanoswitch.tokenizer import get_tokenizer, vocabulary_files
 
 
@@ -227,6 +222,56 @@ def test_predictions_equal_an_unbatched_loop(protocol, config):
         assert score[name] == pytest.approx(hits / 8)
     p = score["acc_norm"]
     assert score["n"] == 8 and score["se"] == pytest.approx(math.sqrt(p * (1 - p) / 7))
+    assert list(score) == [
+        "n", "acc", "acc_norm", "se", "bpb", "bpb_se", "margin", "margin_se"
+    ]  # fmt: skip
+    lines = score_examples(model, examples)[1]
+    bits = [bits_by_hand(model, record, protocol) for record in items]
+    for line, costs, record in zip(lines, bits, items, strict=True):
+        right = costs.pop(record["label"])
+        assert line["bpb"] == pytest.approx(right, rel=1e-4)
+        assert line["margin"] == pytest.approx(min(costs) - right, abs=1e-3)
+    for name in ("bpb", "margin"):
+        values = [line[name] for line in lines]
+        assert score[name] == pytest.approx(np.mean(values))
+        assert score[f"{name}_se"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(8))
+
+
+def bits_by_hand(model, record, protocol):
+    """Bits per byte of each ending: its probability a product over whole logits' softmax."""
+    (example,), bits = tokenize_items([record], protocol), []
+    for ending, row in zip(record["endings"], example.rows, strict=True):
+        text = re.sub(r"\[.*?\]", "", ending) if protocol == "harness" else ending
+        with torch.no_grad():
+            log2_p = model(torch.tensor([row.ids]))[0][0].double().softmax(-1).log2()
+        places = range(len(row.ids) - row.scored, len(row.ids))
+        bits.append(-sum(log2_p[i - 1, row.ids[i]].item() for i in places) / len(text.encode()))
+    return bits
+
+
+def test_another_models_scores_are_compared_item_by_item(tmp_path, monkeypatch, capsys):
+    """The paired error is that of the differences: SciPy's t statistic gives it back."""
+    data = write_jsonl(tmp_path / "val.jsonl", clean_items(8))
+    for name, changes in (("a", {}), ("b", dict(pos="rope"))):
+        write_step(tmp_path / name, scorer(**changes))
+    flags = ("--data", data, "--dtype", "float32", "--protocol", "completion")
+    command(monkeypatch, tmp_path / "a", *flags, "--out", tmp_path / "a.json")
+    versus = ("--versus", tmp_path / "a.json")
+    command(monkeypatch, tmp_path / "b", *flags, *versus, "--out", tmp_path / "b.json")
+    a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    found = b["completion"]["versus"]
+    for name in ("bpb", "margin"):
+        values = [[i["completion"][name] for i in scores["items"]] for scores in (b, a)]
+        mean, error = found[name]
+        assert mean == pytest.approx(b["completion"][name] - a["completion"][name])
+        assert mean / error == pytest.approx(ttest_rel(*values).statistic)
+        assert error < math.hypot(b["completion"][f"{name}_se"], a["completion"][f"{name}_se"])
+    assert f"minus {tmp_path / 'a.json'}, paired: acc_norm" in capsys.readouterr().out
+    for changed, words in ((("--limit", 5), "other items"), (("--protocol", "both"), "no harness")):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, tmp_path / "b", *flags, *versus, *changed)
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -265,7 +310,7 @@ def test_batches_and_order_change_nothing():
 def test_batches_hold_contexts_of_about_one_length_and_keep_to_the_budget():
     examples = tokenize_items(random_items(40), "completion")
     rows = {row for example in examples for row in example.rows}
-    batches = list(hellaswag.batches(rows, 800))
+    batches = list(scoring.batches(rows, 800))
     assert sorted(row for batch in batches for row in batch) == sorted(rows)
     shortest, computed = [], 0
     for batch in batches:
@@ -275,7 +320,7 @@ def test_batches_hold_contexts_of_about_one_length_and_keep_to_the_budget():
         assert lengths[0] * len(contexts) <= 800 or len(contexts) == 1
         shortest.append(lengths[0] // 8)
         computed += lengths[0] * len(contexts)
-        parts = list(hellaswag.parts(batch, lengths[0], 800))
+        parts = list(scoring.parts(batch, lengths[0], 800))
         assert sorted(row for part in parts for row in part) == sorted(batch)
         for part in parts:
             size = len(part) * (max(len(row.ids) for row in part) - lengths[0])
@@ -349,10 +394,12 @@ def test_ranks_share_the_items(monkeypatch):
         monkeypatch.setattr(torch.distributed, "all_reduce", hits.append)
         assert evaluate(model, examples, rank=rank, world=3)["n"] == 7
     total = torch.stack(hits).sum(0)
-    assert (total / 7).tolist() == pytest.approx([alone["acc"], alone["acc_norm"]])
+    means = [alone[name] for name in ("acc", "acc_norm", "bpb", "margin")]
+    assert (total[:4] / 7).tolist() == pytest.approx(means)
+    assert scoring.summarize(total, 7) == pytest.approx(alone)
     # more ranks than items: the last one has nothing to score, yet takes part
     evaluate(model, examples[:1], rank=1, world=2)
-    assert hits[-1].tolist() == [0, 0]
+    assert hits[-1].tolist() == [0] * 8
 
 
 def test_another_vocabulary_is_refused():
@@ -435,13 +482,12 @@ def test_command_writes_both_scores_and_every_prediction(files, tmp_path, monkey
         (r["ind"], r["label"]) for r in items
     ]
     for line, protocol in zip(printed, ("completion", "harness"), strict=True):
-        assert list(result[protocol]) == ["acc", "acc_norm", "se"]
+        scores = ["acc", "acc_norm", "se", "bpb", "bpb_se", "margin", "margin_se"]
+        assert list(result[protocol]) == scores
         assert re.match(rf"{protocol} +acc 0\.\d{{4}}  acc_norm 0\.\d{{4}} ± 0\.\d{{4}}", line)
         pairs = predict(scorer(), tokenize_items(items, protocol)).tolist()
         names = ("pred", "pred_norm")
-        assert [i[protocol] for i in result["items"]] == [
-            dict(zip(names, pair, strict=True)) for pair in pairs
-        ]
+        assert [[i[protocol][name] for name in names] for i in result["items"]] == pairs
         wins = sum(i[protocol]["pred_norm"] == i["label"] for i in result["items"])
         assert result[protocol]["acc_norm"] == pytest.approx(wins / 8)
     assert os.listdir(out.parent) == ["score.json"]
@@ -530,7 +576,7 @@ def test_every_item_as_lm_evaluation_harness_scores_it(official, std, tmp_path):
         differ += prediction != theirs or hits != [sample["acc"], sample["acc_norm"]]
         for row, value in zip(example.rows, loglik, strict=True):
             furthest = max(furthest, abs(losses.get(row, -value) + value))
-    ours = summarize(count_hits(predictions, examples), len(items))
+    ours = score_examples(model, examples)[0]
     theirs = result["results"]["hellaswag_local"]
     print(f"\nstd {std}: {len(items)} items, {differ} differ, losses within {furthest:.1e}, {ours}")
     assert differ == 0 and furthest < 1e-2
@@ -573,7 +619,7 @@ def test_every_item_as_build_nanogpt_scores_it(official, std, tmp_path, monkeypa
         theirs = [int(sums.argmin()), int((sums / mask[:, 1:].sum(1)).argmin())]
         differ += prediction != theirs
     with capsys.disabled():
-        score = summarize(count_hits(predictions, examples), len(items))
+        score = score_examples(model, examples)[0]
         print(
             f"\nstd {std}: {len(items)} items, {differ} differ, theirs {counts[-1]} right, {score}"
         )

@@ -10,7 +10,7 @@ LAYERS = """
     files cli device | kernels cache loss generation | model | counts | tokenizer shards
     streams readers pydocs windows hub web weights hf foreign load surgery | checkpoints
     tracker log stats curves best optimizers parallel micro_batch cards compiled progress
-    signals decode publish export | fineweb hellaswag sample | train_gpt2 sweep tune study
+    signals scoring decode publish export | fineweb hellaswag sample | train_gpt2 sweep tune study
     ladder report | compare bench app switches
 """
 ORDER = LAYERS.replace("|", " ").split()

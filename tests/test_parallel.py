@@ -32,8 +32,9 @@ EVERY_FEW = 5
 MIDDLE, STEPS = 2 * EVERY_FEW, 3 * EVERY_FEW
 FLAGS = dict(
     block_size=32, n_layer=2, n_head=2, n_embd=16, total_batch_tokens=256, micro_batch=2,
-    max_steps=STEPS, val_tokens=224, eval_every=EVERY_FEW, sample_every=STEPS, hellaswag_every=STEPS,
-    checkpoint_every=EVERY_FEW, keep_checkpoints=0, norm="rmsnorm", mlp="swiglu", pos="rope", curve=False,
+    max_steps=STEPS, val_tokens=224, sample_every=STEPS, hellaswag_every=STEPS,
+    eval_every=EVERY_FEW, checkpoint_every=EVERY_FEW, keep_checkpoints=0,
+    norm="rmsnorm", mlp="swiglu", pos="rope", curve=False,
 )  # fmt: skip
 
 

@@ -670,7 +670,8 @@ def make_items(path):
 
 def check_scores_and_samples(run):
     assert [line["step"] for line in log(run, "samples")] == [0, 3, 6]
-    scores = log(run, "hellaswag_acc", "hellaswag_acc_norm", "hellaswag_n", "hellaswag_se")
+    names = ("acc", "acc_norm", "n", "se", "bpb", "bpb_se", "margin")
+    scores = log(run, *(f"hellaswag_{name}" for name in names))
     assert [(line["step"], line["hellaswag_n"]) for line in scores] == [(3, 5), (6, 5)]
 
 

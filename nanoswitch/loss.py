@@ -1,5 +1,10 @@
-"""The cross entropy of a language model's head, without ever holding all logits."""
+"""The cross entropy of a language model's head, without ever holding all logits.
 
+Inside a compiled graph it is one operator, whose chunks the compiler does not see: Inductor would
+make the logits of all of them before it used any.
+"""
+
+import functools
 import math
 
 import torch
@@ -7,16 +12,14 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 CHUNK_BYTES = 2**28  # of logits: large products are faster, and so much hardly matters for memory
-FP16_ROWS = 4096  # whose sum, of gradients of at most 1 times features of at most 16, fp16 holds
+CHUNK_ROWS = 4096  # whose sum, of gradients of at most 1 times features of at most 16, fp16 holds
 
 
 def loss_chunks(x, w):
     """Equal slices over the rows of x, (N, C): as few as keep the logits x @ w.T of each within
-    CHUNK_BYTES and 4,096 rows, but at most 16, for they unroll: of very many rows they are
-    larger."""
-    rows = min(4096, max(1, CHUNK_BYTES // (len(w) * x.element_size())))
-    number = max(1, min(16, math.ceil(len(x) / rows)))
-    size = max(1, math.ceil(len(x) / number))
+    CHUNK_BYTES and CHUNK_ROWS."""
+    rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (len(w) * x.element_size())))
+    size = max(1, math.ceil(len(x) / max(1, math.ceil(len(x) / rows))))
     return [slice(i, i + size) for i in range(0, len(x), size)]
 
 
@@ -30,23 +33,11 @@ class MeanCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, cap):
-        w = weight.to(x.dtype)
-        wT = transposed(w)
+        compiling = torch.compiler.is_compiling()
+        summed = torch.ops.nanoswitch.loss_and_gradients if compiling else loss_and_gradients
+        loss, dx, dw = summed(x, weight, targets, cap)
         count = (targets >= 0).sum().clamp(min=1)
-        loss = x.new_zeros((), dtype=torch.float32)
-        dx, dwT = torch.empty_like(x), weight.new_zeros(weight.T.shape)
-        for rows in loss_chunks(x, w):
-            logits = softcap(x[rows] @ wT, cap)  # (chunk, V)
-            loss = loss + into_gradient(logits, targets[rows], cap)
-            dx[rows] = logits @ w
-            if logits.dtype == dwT.dtype:
-                dwT.addmm_(x[rows].T, logits)
-            else:  # each product is rounded once, their sum is kept in fp32
-                most = FP16_ROWS if x.dtype == torch.float16 else max(1, len(logits))
-                for a, b in zip(x[rows].split(most), logits.split(most), strict=True):
-                    dwT += transposed(a) @ b
-            del logits  # before the next chunk's are made
-        ctx.save_for_backward(dx, transposed(dwT), count)  # in the weight's own layout
+        ctx.save_for_backward(dx, dw, count)
         return loss / count
 
     @staticmethod
@@ -57,9 +48,30 @@ class MeanCrossEntropy(torch.autograd.Function):
         return dx.mul_(scale), dw.mul_(scale), None, None
 
 
+def loss_and_gradients(x, weight, targets, cap, gradient=None):
+    """x (N, C), weight (V, C), targets (N,) -> the sum of the cross entropies, in fp32, and its
+    gradients with respect to x and weight. gradient: into_gradient, or what computes the same."""
+    gradient = gradient or into_gradient
+    w = weight.to(x.dtype)
+    wT = transposed(w)
+    loss = x.new_zeros((), dtype=torch.float32)
+    dx, dwT = torch.empty_like(x), weight.new_zeros(weight.T.shape)
+    for rows in loss_chunks(x, w):
+        logits = softcap(x[rows] @ wT, cap)  # (chunk, V)
+        part, logits = gradient(logits, targets[rows], cap)
+        loss = loss + part
+        dx[rows] = logits @ w
+        if logits.dtype == dwT.dtype:
+            dwT.addmm_(x[rows].T, logits)
+        else:  # each product is rounded once, their sum is kept in fp32
+            dwT += transposed(x[rows]) @ logits
+        del logits  # before the next chunk's are made
+    return loss, dx, transposed(dwT)  # in the weight's own layout
+
+
 def into_gradient(logits, targets, cap):
-    """Sum of the cross entropies of logits (n, V), after softcap, and targets (n,) -> a scalar in
-    fp32; overwrites the logits with its gradient with respect to them, before softcap."""
+    """Logits (n, V), after softcap, and targets (n,) -> the sum of their cross entropies, a scalar
+    in fp32, and the logits, overwritten with its gradient with respect to them, before softcap."""
     keep, target = targets >= 0, targets.clamp(min=0)
     at_target = torch.arange(len(logits), device=logits.device), target
 
@@ -77,7 +89,7 @@ def into_gradient(logits, targets, cap):
     # softmax - one-hot; the division by their count waits for the backward pass, where it meets
     # the loss scale, so that fp16 does not underflow
     logits[at_target] = ((own_logp.exp() - 1) * keep * slope(own)).type_as(logits)
-    return -(own_logp * keep).sum()
+    return -(own_logp * keep).sum(), logits
 
 
 def cache_blocks(x, size):
@@ -105,16 +117,27 @@ def transposed(w):
 def cross_entropies(x, weight, targets, cap):
     """Cross entropy of every row, (N, C), (V, C), (N,) -> (N,) fp32, 0 where target is -1; for
     evaluation: no logits outlive their chunk."""
-    losses = [x.new_zeros(0, dtype=torch.float32)]
+    if torch.compiler.is_compiling():
+        return torch.ops.nanoswitch.cross_entropies(x, weight.to(x.dtype), targets, cap)
+    return losses_by_chunk(x, weight, targets, cap)
+
+
+def losses_by_chunk(x, weight, targets, cap, of_logits=None):
+    """cross_entropies. of_logits: logit_losses, or what computes the same."""
+    of_logits, losses = of_logits or logit_losses, [x.new_zeros(0, dtype=torch.float32)]
     for rows in loss_chunks(x, weight):
         # autocast keeps the weight that it casts for F.linear from one call to the next
-        logits, target = softcap(F.linear(x[rows], weight), cap), targets[rows]  # (chunk, V)
-        own = logits.gather(1, target.clamp(min=0)[:, None])[:, 0].float()
-        for block in logit_blocks(logits):
-            top, total = exponentiate(logits[block].float())
-            loss = total.log() - (own[block] - top)
-            losses.append(loss.masked_fill(target[block] < 0, 0))
-        del logits  # before the next chunk's are made
+        losses.append(of_logits(softcap(F.linear(x[rows], weight), cap), targets[rows]))
+    return torch.cat(losses)
+
+
+def logit_losses(logits, targets):
+    """Cross entropy of every row of logits (n, V), (n,) -> (n,) fp32, 0 where target is -1."""
+    own = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
+    losses = []
+    for rows in logit_blocks(logits):
+        top, total = exponentiate(logits[rows].float())
+        losses.append((total.log() - (own[rows] - top)).masked_fill(targets[rows] < 0, 0))
     return torch.cat(losses)
 
 
@@ -128,3 +151,48 @@ def exponentiate(z):
 def softcap(logits, cap):
     """cap * tanh(logits / cap), which keeps logits within +-cap (Gemma 2); cap 0 leaves them."""
     return cap * torch.tanh(logits / cap) if cap else logits
+
+
+# ----------------------------------------------------------------------------- when compiled
+
+
+@torch.library.custom_op("nanoswitch::loss_and_gradients", mutates_args=())
+def compiled_loss(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss_and_gradients as one operator."""
+    return loss_and_gradients(x, weight, targets, cap, fused(into_gradient_anew, x))
+
+
+@compiled_loss.register_fake
+def _(x, weight, targets, cap):
+    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight)
+
+
+@torch.library.custom_op("nanoswitch::cross_entropies", mutates_args=())
+def compiled_cross_entropies(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """cross_entropies as one operator."""
+    return losses_by_chunk(x, weight, targets, cap, fused(logit_losses, x))
+
+
+@compiled_cross_entropies.register_fake
+def _(x, weight, targets, cap):
+    return x.new_empty(len(x), dtype=torch.float32)
+
+
+def fused(function, x):
+    """A function of one chunk, compiled on its own where x is on CUDA: step by step it would read
+    and write the logits five times as often. A CPU's caches hold its blocks."""
+    return compiled(function) if x.is_cuda else function
+
+
+def into_gradient_anew(logits, targets, cap):
+    """into_gradient in memory of its own: compiled, it would write there first and copy."""
+    return into_gradient(logits.clone(), targets, cap)
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function, dynamic=False)

@@ -5,6 +5,8 @@ import shutil
 import pytest
 import torch
 from builders import assert_same_gradients, documents, gradients, grown, tiny, tokens
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from model import POSITIONS
 from nanoswitch.cache import KVCache
@@ -65,6 +67,34 @@ def test_training_evaluation_and_sampling_are_whole_graphs(changes):
         chunks = idx[:, :9], idx[:, 9:10], idx[:, 10:11], idx[:, 11:12]
         got = [features(chunk, cache) for chunk in chunks]
         torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_compiled_graph_never_sees_the_logits(train, monkeypatch):
+    """What the compiler sees it may keep: the loss is one operator, and no tensor of the graph is
+    as large as a chunk's logits."""
+    torch._dynamo.reset()
+    model, graphs = grown(tiny(n_layer=1, vocab_size=997)), []
+    V, B, T = model.config.vocab_size, 5, 16
+    monkeypatch.setattr("nanoswitch.loss.CHUNK_BYTES", 20 * V * 4)  # 4 chunks
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    idx = tokens(model.config, B, T)
+    with torch.set_grad_enabled(train):
+        want, loss = model(idx, idx)[1], compiled(idx, idx)[1]
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+    if train:
+        assert_same_gradients(gradients(model, loss), gradients(model, want), rtol=1e-3)
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    own = [node for node in nodes if str(node.target).startswith("nanoswitch.")]
+    assert len(graphs) == 1 + train and len(own) == 1
+    weights = max(p.numel() for p in model.parameters())
+    made = [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert 20 * V > weights >= max(x.numel() for x in made)
 
 
 # ----------------------------------------------------------------------------- a C++ compiler

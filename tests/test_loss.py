@@ -65,15 +65,15 @@ def test_softcap_bounds_logits_in_loss_and_sampling():
         torch.testing.assert_close(got[name], p.grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("N", [1, 1333, 1334, 1335, 8192, 30000])
+@pytest.mark.parametrize("N", [0, 1, 1333, 1334, 1335, 8192, 2**18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_row_is_in_exactly_one_chunk(N, dtype):
     x, w = torch.empty(N, 8, dtype=dtype), torch.empty(50304, 8, dtype=dtype)
     chunks = loss_chunks(x, w)
     assert [i for s in chunks for i in range(N)[s]] == list(range(N))
-    assert len(chunks) <= 16
-    most = max(2**28, N * 50304 * dtype.itemsize / 16 + 50304 * dtype.itemsize)
-    assert all(len(range(N)[s]) * 50304 * dtype.itemsize <= most for s in chunks)
+    assert all(len(range(N)[s]) * 50304 * dtype.itemsize <= 2**28 for s in chunks)
+    narrow = loss_chunks(x, w[:16])
+    assert all(len(range(N)[s]) <= 4096 for s in narrow)
 
 
 def test_the_logits_are_never_whole():
@@ -137,16 +137,12 @@ def test_bf16_autocast_stays_close_to_fp32(pos):
 
 
 def test_the_sum_over_very_many_rows_fits_fp16():
-    """16 chunks at most, so that 2^18 rows make chunks of 16,384. All features 8, all gradients
-    about 1: the sum over such a chunk is twice what fp16 can hold."""
-    N, V = 2**18, 8
-    x = torch.full((N, 1), 8.0, dtype=torch.float16, requires_grad=True)
+    """All features 16, all gradients about 1: the sum over more than 4,096 rows, which a vocabulary
+    so small would let into one chunk, is more than fp16 can hold."""
+    N, V = 2**15, 8
+    x = torch.full((N, 1), 16.0, dtype=torch.float16, requires_grad=True)
     weight, targets = torch.zeros(V, 1, requires_grad=True), torch.zeros(N, dtype=torch.int64)
-    chunks = loss_chunks(x, torch.empty(50304, 1))
-    assert max(rows.stop - rows.start for rows in chunks) > 8192
-    with pytest.MonkeyPatch.context() as patch:  # as if V were 50,304, whose chunks take minutes
-        patch.setattr("nanoswitch.loss.CHUNK_BYTES", 2**28 * V // 50304)
-        MeanCrossEntropy.apply(x, weight, targets, 0.0).backward()
-    want = torch.full((V, 1), 8 / V)
-    want[0] -= 8
+    MeanCrossEntropy.apply(x, weight, targets, 0.0).backward()
+    want = torch.full((V, 1), 16 / V)
+    want[0] -= 16
     torch.testing.assert_close(weight.grad, want, rtol=2e-3, atol=0)

@@ -281,8 +281,7 @@ class Plan:
 
 def dry_run(plan):
     """Print what a run would be and need, without its model."""
-    fits = cards.fits if plan.card else micro_batch.fits_by_count
-    size = micro_batch.find(plan, functools.partial(fits, plan))
+    size = micro_batch.find(plan, functools.partial(micro_batch.fits_by_count, plan))
     need = micro_batch.expected_bytes(plan, size)
     flops = flops_per_token(on_meta(plan.model_config))
     flop_rate = plan.card.flops if plan.card else matrix_rate(plan.device, plan.dtype)
@@ -321,13 +320,16 @@ class Trainer(Plan):
             self.device.type, enabled=self.dtype == torch.float16 and self.device.type != "mps"
         )
         fits = functools.partial(micro_batch.fits_by_trying, self)
+        self.forward = self.model
         self.micro_batch = micro_batch.find(self, fits)
+        # self.model stays as it is for checkpoints, HellaSwag and samples, whose shapes vary
+        self.forward = compiled(self)
+        if self.forward is not self.model:
+            self.micro_batch = micro_batch.confirm(self, fits)
+        self.forward = average_gradients(self.forward, config.parallel, self.ranks)
         self.micro_steps = self.batch_windows // self.ranks.world // self.micro_batch
         self.changing = False  # whether an update is past its gradients
         self.changes = {}  # what a resumed run does otherwise than before
-
-        # self.model stays as it is for checkpoints, HellaSwag and samples, whose shapes vary
-        self.forward = average_gradients(compiled(self), config.parallel, self.ranks)
 
     # ------------------------------------------------------------------------- one step
 

@@ -10,7 +10,7 @@ import torch
 
 from nanoswitch.counts import flops_per_token, on_meta, pass_costs
 from nanoswitch.device import PEAK_FLOPS
-from nanoswitch.micro_batch import divisors, expected_bytes
+from nanoswitch.micro_batch import divisors
 from nanoswitch.parallel import bytes_held
 
 
@@ -44,11 +44,6 @@ def named_card(device):
     if name.lower() not in CARDS:
         raise ValueError(f"no card '{name}' is known; the cards are {', '.join(CARDS)}")
     return CARDS[name.lower()]
-
-
-def fits(plan, size):
-    """Whether `size` sequences leave a twentieth of the card, for fragments and the compiler."""
-    return expected_bytes(plan, size) < 0.95 * plan.card.memory * 2**30
 
 
 def table(plan, most):

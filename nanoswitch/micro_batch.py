@@ -39,8 +39,24 @@ def find(plan, fits):
         print(f"micro_batch at most {ran_out}, for memory ran out: {limit_file(config.run_dir)}")
     most = min(most, ran_out or most)
     sizes = [d for d in reversed(divisors(per_rank)) if d <= most]
-    if not on_card:
-        return sizes[0]
+    return largest(plan, sizes, fits) if on_card else sizes[0]
+
+
+def confirm(trainer, fits):
+    """The trainer's micro_batch, or the largest below it with which fits(size) is true on all ranks
+    now: a compiled model may need more than the one that find() tried. A flag stands."""
+    size, per_rank = trainer.micro_batch, trainer.batch_windows // trainer.ranks.world
+    if not may_choose(trainer):
+        return size
+    return largest(trainer, [d for d in reversed(divisors(per_rank)) if d <= size], fits)
+
+
+def may_choose(trainer):
+    return trainer.device.type == "cuda" and not trainer.config.micro_batch
+
+
+def largest(plan, sizes, fits):
+    """The first of the sizes, which fall, with which fits(size) is true on all ranks."""
     for size in sizes:
         if plan.ranks.sum(fits(size))[0] == plan.ranks.world:
             return size
@@ -59,9 +75,15 @@ def remembered(run_dir):
 
 
 def fits_by_count(plan, size):
-    """Whether `size` sequences fit the card by what the operators of a pass allocate."""
-    total = torch.cuda.get_device_properties(plan.device).total_memory
-    return size == 1 or expected_bytes(plan, size) < 0.8 * total
+    """Whether `size` sequences leave a tenth of the card, by what the operators of a pass allocate:
+    room for fragments, the libraries' work space and the compiler's choices."""
+    if plan.card:
+        total = plan.card.memory * 2**30
+    elif size == 1:  # then the run itself finds out
+        return True
+    else:
+        total = torch.cuda.get_device_properties(plan.device).total_memory
+    return expected_bytes(plan, size) < 0.9 * total
 
 
 def expected_bytes(plan, size):
@@ -72,7 +94,8 @@ def expected_bytes(plan, size):
 
 
 def fits_by_trying(trainer, size):
-    """Whether a forward and backward pass over `size` sequences leaves a twentieth of the card."""
+    """Whether a forward and backward pass over `size` sequences, of the compiled model if there is
+    one by now, leaves a twentieth of the card."""
     if trainer.config.parallel == "fsdp" and trainer.ranks.world > 1:
         # no trying: where one rank ran out of memory, the others would wait for it
         return fits_by_count(trainer, size)
@@ -83,7 +106,7 @@ def fits_by_trying(trainer, size):
         left = 0
     trainer.model.zero_grad()
     torch.cuda.empty_cache()
-    return left > 0.05 * total  # room for fragments and for the compiler's choices
+    return left > 0.05 * total  # room for fragments
 
 
 def memory_left(trainer, size):
@@ -93,7 +116,7 @@ def memory_left(trainer, size):
     moments = torch.empty(2, trainer.model.num_params(), device=trainer.device)  # noqa: F841
     x, y = trainer.load(trainer.train, np.arange(size) % trainer.train.count)
     with trainer.autocast():
-        _, loss = trainer.model(x, y)
+        _, loss = trainer.forward(x, y)
     loss.backward()
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ from tiny_runs import (
 
 import train_gpt2 as t
 from model import GPT, GPTConfig
-from nanoswitch import checkpoints, cli, optimizers, progress
+from nanoswitch import checkpoints, cli, micro_batch, optimizers, progress
 from nanoswitch.log import Log
 from nanoswitch.shards import load_shards
 from nanoswitch.tokenizer import get_tokenizer
@@ -715,6 +716,47 @@ def test_validation_alone_may_fail_to_compile(data, tmp_path, monkeypatch, capsy
     assert "no gradients, no graph" in capsys.readouterr().out
     assert made.forward is made.model and made.model.training
     assert all(p.grad is None for p in made.model.parameters())
+
+
+def test_the_micro_batch_is_one_that_fits_compiled(data, tmp_path, monkeypatch):
+    """A card of 100 bytes, of which a sequence takes 10, and 20 in the compiled model."""
+    took = {}
+
+    def backend(graph, inputs):
+        def run(*args):
+            took["each"] = 20
+            return graph.forward(*args)
+
+        return run
+
+    def note_size(model, inputs):
+        took["size"] = len(inputs[0])
+
+    def on_card(plan, fits):
+        return next(size for size in (8, 4, 2, 1) if fits(size))
+
+    make, card = t.place, SimpleNamespace(total_memory=100)
+    answers = dict(
+        get_device_properties=lambda device: card, mem_get_info=lambda: (100, 100),
+        memory_reserved=lambda: 0, reset_peak_memory_stats=took.clear,
+        max_memory_allocated=lambda: took["size"] * took.get("each", 10),
+    )  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+
+    def placed(*args):
+        model = make(*args)
+        model.transformer.wte.register_forward_pre_hook(note_size)
+        return model
+
+    fake_compiler(monkeypatch, backend)
+    monkeypatch.setattr(t, "place", placed)
+    monkeypatch.setattr(micro_batch, "find", on_card)
+    monkeypatch.setattr(micro_batch, "may_choose", lambda trainer: True)
+    assert trainer(data, tmp_path, compile="false").micro_batch == 8
+    made = trainer(data, tmp_path, compile="true")
+    assert made.micro_batch == 4 and made.micro_steps == 2
+    made.update(0)
 
 
 def test_a_smaller_micro_batch_is_compiled_for_its_own_size(data, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ hellaswag   scoring items                     beside build-nanogpt
 fineweb     text -> shards                    beside build-nanogpt
 generate    256 new tokens, batch 1           beside nanoGPT
 scaling     a training step from 1k to 16k tokens of context, windowed beside full attention
+card        all of the first 25 minutes on a CUDA card, right results first: --peers DIR is the
+            folder of both checkouts, --data DIR one of shards, --out DIR takes the results
 
 --peer is a checkout of the peer's repository; without one, ours runs alone. Ours and the peer's own
 code run in a process each, so that neither feels what the other does to torch or to the memory,
@@ -43,7 +45,7 @@ from tyro.conf import Positional
 import hellaswag
 import train_gpt2
 from model import GPT, GPTConfig
-from nanoswitch import cli, scoring
+from nanoswitch import cli, first_card, scoring
 from nanoswitch.counts import flops_per_token, on_meta
 from nanoswitch.decode import decoder
 from nanoswitch.device import (
@@ -73,14 +75,14 @@ PEERS = {"build-nanogpt": "hellaswag.py", "nanoGPT": "configurator.py"}  # a fil
 
 @dataclass
 class BenchConfig:
-    work: Positional[Literal["train", "hellaswag", "fineweb", "generate", "scaling"]]
+    work: Positional[Literal["train", "hellaswag", "fineweb", "generate", "scaling", "card"]]
     """what to time; see above"""
     peer: str = ""
     """folder of a checkout of build-nanogpt or nanoGPT; empty times ours alone"""
     rounds: int = 5
     """timed rounds of each side, after one that warms up"""
     out: str = ""
-    """JSON file for the figures"""
+    """JSON file for the figures; card: a folder, which a second call goes on with"""
     device: str = "auto"
     """auto takes cuda, else mps, else cpu"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -102,18 +104,29 @@ class BenchConfig:
     """hellaswag: items in a round, a random sample"""
     data: str = ""
     """hellaswag: the validation file; empty = fetch the official one. fineweb: a folder of parquet
-    files; empty = the documentation inside the Python environment"""
+    files; empty = the documentation inside the Python environment. card: a folder of shards and, if
+    it is there, hellaswag*.jsonl; empty = shards of that documentation"""
     new_tokens: int = 256
     """generate: tokens after a prompt of 16"""
     workers: int = 2
     """fineweb: processes or threads of both sides"""
     shard_tokens: int = 10_000_000
     """fineweb: tokens in a shard of both sides"""
+    longest: int = 16384
+    """scaling: the longest context"""
+    peers: str = ""
+    """card: the folder that holds build-nanogpt and nanoGPT; empty times ours alone"""
+    parts: str = ""
+    """card: names of parts to run again, with commas between; empty = all that have no result"""
+    minutes: float = first_card.MINUTES
+    """card: no part goes on for longer; the next call takes up what is left"""
+    small: bool = False
+    """card: tiny sizes, to see on any machine that all parts run"""
 
     def __post_init__(self):
         for name in (
             "rounds", "n_layer", "n_embd", "block_size", "items", "new_tokens", "workers",
-            "shard_tokens",
+            "shard_tokens", "longest",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
@@ -655,11 +668,12 @@ def scaling(config):
     rows = []
     cases = [(T, 512) for T in (1024, 2048, 4096, 8192, 16384)]
     cases += [(1024, window) for window in (64, 256, 768, 960)]
-    for T, window in cases:
+    for T, window in [case for case in cases if case[0] <= config.longest]:
         metric = f"tokens/s of the blocks, T={T}, window {window} beside full"
         windowed = dataclasses.replace(config, block_size=T)
         sides = [functools.partial(pass_over_blocks, window=w) for w in (window, 0)]
         rows += duel(windowed, metric, *sides)
+        write(config, rows)  # what comes later may run out of memory
     return rows
 
 
@@ -703,12 +717,18 @@ def table(rows):
 def main():
     config = cli.parse(BenchConfig)
     pick_device(config.device)
+    if config.work == "card":
+        return print("\n".join(first_card.card(config)))
     if config.peer:
         peer_name(config)
     if config.out:
         os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
     rows = WORKS[config.work](config)
     print(table(rows))
+    write(config, rows)
+
+
+def write(config, rows):
     if config.out:
         with write_beside(config.out) as file:
             file.write(json.dumps(rows, indent=1).encode())

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -250,7 +251,8 @@ def first_steps(s):
 
 def run(s):
     """train_gpt2.py on the data for s["seconds"], killed once on the way and started again."""
-    folder = Path(s["out"], "run")
+    folder = Path(s["out"], "card_run")
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier try
     size = {} if s["device"] == "cuda" else {"micro_batch": s["size"]}
     flags = s["model"] | size | dict(
         data_dir=s["data"], run_dir=folder, device=s["device"], dtype=s["dtype"],
@@ -273,8 +275,8 @@ def run(s):
         process.terminate()
     if before:
         with subprocess.Popen(command, stdout=sys.stderr) as process:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(1, end - time.monotonic()))
+            while process.poll() is None and (time.monotonic() < end or not resumed(folder)):
+                time.sleep(0.2)
             process.terminate()  # it saves, and ends
         if process.returncode not in (0, 128 + signal.SIGTERM):
             raise ValueError(f"the run that was started again ended with {process.returncode}")
@@ -287,7 +289,7 @@ def figures(folder, before, s):
     steps = [entry for entry in entries if "train_loss" in entry]
     if not steps:
         raise ValueError("the run logged no step: see its output in run.log")
-    resumed = [entry["step"] for entry in entries if entry.get("event") == "resume"]
+    begins = [entry["step"] for entry in entries if entry.get("event") == "resume"]
     settled = steps[len(steps) // 2 :]  # without the starts, which compile
     rate = statistics.median(entry["tok_per_s"] for entry in settled)
     yield row("tokens/s, median of the second half", rate)
@@ -302,10 +304,10 @@ def figures(folder, before, s):
         yield row("resume after a kill: no checkpoint came in time", met=False)
         return
     yield row("step at the kill, and the one resumed from", max(before),
-              resumed[0] if resumed else None, "each step logged once",
-              bool(resumed) and once)  # fmt: skip
+              begins[0] if begins else None, "each step logged once",
+              bool(begins) and once)  # fmt: skip
     after = {entry["step"]: entry["train_loss"] for entry in steps}
-    again = [step for step in before if resumed and step > resumed[0] and step in after]
+    again = [step for step in before if begins and step > begins[0] and step in after]
     if again:
         largest = max(abs(before[step] - after[step]) for step in again)
         yield row("largest change of a loss done again", largest, None, "to 0.02", largest <= 0.02)
@@ -322,6 +324,12 @@ def read_log(folder):
         with contextlib.suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
     return entries
+
+
+def resumed(folder):
+    """Whether a run that was started again has done a step."""
+    events = [entry.get("event") for entry in read_log(folder)]
+    return "resume" in events and None in events[events.index("resume") :]
 
 
 def newest_step(folder):

@@ -38,7 +38,7 @@ FULL = dict(
 SMALL = FULL | dict(
     model=TINY, small_model=TINY, masks=[(w and 16, d) for w, d in MASKS], copied=2**24, size=2,
     micro_steps=1, tokens=512, sizes=(2, 4), rounds=1, items=10, new_tokens=16, longest=1024,
-    first_size=2, seconds=40, max_steps=200, checkpoint_every=20, val_tokens=256,
+    first_size=2, seconds=40, max_steps=200, checkpoint_every=5, val_tokens=256,
 )  # fmt: skip
 
 

@@ -94,6 +94,19 @@ def test_a_card_takes_what_is_left_too(shim):
         check(lines)
 
 
+@pytest.mark.slow
+def test_what_needs_a_card_passes_on_one_that_is_not_there(shim):
+    """The tests marked gpu of attention and decoding, with numbers: see pretend.py."""
+    own = {"LD_PRELOAD": str(shim), "PYTHONPATH": f"{ROOT}:{FOLDER}", "OMP_NUM_THREADS": "1"}
+    files = [ROOT / "tests" / name for name in ("test_attention.py", "test_decoding.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "pretend", "-m", "gpu", *files]
+    done = subprocess.run(
+        command, env=os.environ | own, cwd=ROOT, capture_output=True, text=True, timeout=1800
+    )
+    last = done.stdout.strip().splitlines()[-1]
+    assert done.returncode == 0 and "passed" in last, done.stdout[-4000:]
+
+
 def test_each_card_takes_the_kernels_of_its_own(found):
     """Else the test above would prove nothing: cuDNN on Hopper, and never under a mask."""
     taken = {card: {k for line in found[card] for k in line["kernels"]} for card in CARDS}

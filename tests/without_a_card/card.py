@@ -148,8 +148,8 @@ def swap(module, change):
 
 
 @contextlib.contextmanager
-def inserted(name, count=1):
-    """Inside, the machine has `count` cards called `name`, and all tensors are fake -> the Card."""
+def answering(name, count=1):
+    """Inside, torch.cuda answers for `count` cards called `name`."""
     properties = types.SimpleNamespace(
         name=name, total_memory=80 * 2**30, major=COMPUTE[name][0], minor=0, multi_processor_count=1
     )
@@ -171,22 +171,33 @@ def inserted(name, count=1):
         "set_rng_state": lambda *_: None,
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
+        "mem_get_info": lambda *_: (79 * 2**30, 80 * 2**30),
+        "memory_reserved": lambda *_: 0,
+        "max_memory_allocated": lambda *_: 0,
+        "reset_peak_memory_stats": lambda *_: None,
         "current_stream": lambda *_: Stream(),
         "Stream": Stream,
         "Event": Event,
         "stream": lambda _: contextlib.nullcontext(),
     }
-    card = Card(name)
+    common = torch.cuda.amp.common
     with contextlib.ExitStack() as stack:
         for what, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, what, answer))
-        common = torch.cuda.amp.common
         stack.enter_context(
             mock.patch.object(common, "amp_definitely_not_available", lambda: False)
         )
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self: self))
+        yield
+
+
+@contextlib.contextmanager
+def inserted(name, count=1):
+    """answering(), and all tensors are fake -> the Card."""
+    card, functional = Card(name), torch.nn.functional
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(answering(name, count))
         stack.enter_context(mock.patch.object(torch.Tensor, "tolist", ones))
-        functional = torch.nn.functional
         stack.enter_context(
             mock.patch.object(functional, "scaled_dot_product_attention", card.attend)
         )

@@ -30,10 +30,11 @@ from nanoswitch.cli import at_least
 from nanoswitch.generation import Generation
 from nanoswitch.kernels import KERNELS, attention_mask, flex_mask, window_masks
 from nanoswitch.loss import MeanCrossEntropy, cross_entropies, softcap
+from nanoswitch.registry import Table, read_settings, unknown
 
 
-# The choices of pos, norm, mlp and attention are the keys of dicts below: a class and a line make
-# another one.
+# The choices of pos, norm, mlp, attention and residual are the keys of tables below, and the files
+# in variants/: one file makes another choice.
 @dataclass
 class GPTConfig:
     block_size: int = 1024
@@ -50,24 +51,28 @@ class GPTConfig:
     """key and value heads: fewer than n_head is GQA, 1 is MQA, 0 means n_head"""
     n_embd: int = 768
     """width of the residual stream"""
-    pos: "Literal[tuple(POSITIONS)]" = "learned"
+    pos: "Literal[POSITIONS.names()]" = "learned"
     """position encoding"""
     pos_pattern: str = ""
     """position encodings by layer, repeated over depth, such as rope,rope,none; empty = pos"""
-    norm: "Literal[tuple(NORMS)]" = "layernorm"
+    norm: "Literal[NORMS.names()]" = "layernorm"
     """normalisation before attention, before the MLP and before the head"""
     norm_eps: float = 1e-5
     """epsilon inside the normalisation"""
     embd_norm: bool = False
     """a normalisation right after the embeddings too, as in Bloom"""
-    mlp: "Literal[tuple(MLPS)]" = "gelu"
+    mlp: "Literal[MLPS.names()]" = "gelu"
     """feed-forward network"""
     mlp_hidden: int = 0
     """hidden width of the MLP; 0 = 4 n_embd, or for swiglu the width of equal parameters"""
-    attention: "Literal[tuple(ATTENTIONS)]" = "full"
-    """full, or linformer: a token sees its own segment and summaries of the segments before"""
+    attention: "Literal[ATTENTIONS.names()]" = "full"
+    """attention of all layers"""
     attention_pattern: str = ""
     """attentions by layer, repeated over depth, such as linformer,full; empty = attention"""
+    residual: "Literal[RESIDUALS.names()]" = "plain"
+    """how the branches of a block join the residual stream"""
+    settings: str = ""
+    """numbers of the variants in use, such as canon.width=3,dyt.alpha=0.8; their files say which"""
     linformer_segment: int = 64
     """tokens in a segment of linformer"""
     linformer_rank: int = 16
@@ -100,12 +105,14 @@ class GPTConfig:
     def __post_init__(self):
         tables = {
             "pos": POSITIONS, "norm": NORMS, "mlp": MLPS, "attention": ATTENTIONS,
-            "attention_kernel": KERNELS,
+            "residual": RESIDUALS,
         }  # fmt: skip
-        for name, table in tables.items():
-            for value in (getattr(self, name), *split(getattr(self, f"{name}_pattern", ""))):
-                if value not in table:
-                    raise ValueError(f"{name} '{value}' is none of: {', '.join(table)}")
+        used = []  # (name, class)
+        for flag, table in tables.items():
+            for name in (getattr(self, flag), *split(getattr(self, f"{flag}_pattern", ""))):
+                used.append((name, table[name]))  # ValueError where there is none
+        if self.attention_kernel not in KERNELS:
+            raise unknown("attention_kernel", self.attention_kernel, KERNELS)
         for name in ("pos", "attention"):
             pattern, value = getattr(self, f"{name}_pattern"), getattr(self, name)
             if pattern and value not in split(pattern):
@@ -113,7 +120,6 @@ class GPTConfig:
                     f"{name}_pattern '{pattern}' does not hold {name} '{value}'; give --{name} too"
                 )
         at_least(self, 1, "block_size vocab_size vocab_used n_layer n_head n_embd")
-        at_least(self, 1, "linformer_segment linformer_rank")
         at_least(self, 0, "n_kv_head mlp_hidden window logit_softcap")
         for name in ("norm_eps", "rope_theta", "rope_scaling"):
             if not getattr(self, name) > 0:
@@ -135,9 +141,10 @@ class GPTConfig:
             raise ValueError(f"window_pattern '{self.window_pattern}' may hold only S and L")
         if self.window_pattern and not self.window:
             raise ValueError("window_pattern needs a window: add --window W")
-        kinds = [POSITIONS[name] for name in self.encodings]
-        for kind in kinds + [ATTENTIONS[name] for name in self.attentions]:
-            kind.check(self)
+        self.own_settings = read_settings(self.settings, used)  # {name: {key: value}}
+        for _, kind in used:
+            if hasattr(kind, "check"):
+                kind.check(self)
         if not self.mlp_hidden:
             self.mlp_hidden = MLPS[self.mlp].default_hidden(self.n_embd)
 
@@ -188,7 +195,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(config.n_embd, config.norm_eps)
 
 
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+NORMS = Table("norm", {"layernorm": LayerNorm, "rmsnorm": RMSNorm})
 
 
 # ----------------------------------------------------------------------------- positions
@@ -375,16 +382,13 @@ def distances(q_pos, k_pos):
     return (q_pos[:, None] - k_pos[None, :]).clamp(min=0).float()
 
 
-POSITIONS = {
-    "learned": Learned,
-    "sinusoidal": Sinusoidal,
-    "rope": RoPE,
-    "alibi": Alibi,
-    "kerple": Kerple,
-    "kerple_power": KerplePower,
-    "fire": FIRE,
-    "none": NoPosition,
-}
+POSITIONS = Table(
+    "pos",
+    {
+        "learned": Learned, "sinusoidal": Sinusoidal, "rope": RoPE, "alibi": Alibi,
+        "kerple": Kerple, "kerple_power": KerplePower, "fire": FIRE, "none": NoPosition,
+    },
+)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- attention
@@ -394,7 +398,7 @@ class Attention(nn.Module):
     """Causal self-attention; query head h reads key head h // (nh / nkv) (GQA, Ainslie 2023).
 
     Another attention is a subclass that overrides what it does otherwise: its check of the config,
-    mask, cache, attend, output, or all of forward."""
+    mask, cache, heads, attend, output, or all of forward."""
 
     replayable = True  # with a cache, shapes stay the same: a CUDA graph can replay a step
 
@@ -419,11 +423,11 @@ class Attention(nn.Module):
         if kernel == "flex" and config.dropout:
             raise ValueError(f"flex attention has no dropout: set dropout {config.dropout} to 0")
 
-    def forward(self, x, rotation, mask, cache=None):
-        """x (B, T, C); rotation and mask as GPT.features makes them; cache this layer's."""
+    def forward(self, x, rotation, mask, cache=None, carry=None):
+        """x (B, T, C); rotation and mask as GPT.features makes them; cache this layer's; carry
+        what the layers of a pass share."""
         B, T, C = x.size()
-        heads = self.c_attn(x).view(B, T, -1, self.hs).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
-        q, k, v = heads.split((self.nh, self.nkv, self.nkv), dim=1)
+        q, k, v = self.heads(self.c_attn(x), x, cache, carry)
         if self.qk_norm:
             # CUDA's autocast runs rms_norm in fp32, and its result must fit beside v in a cache
             q, k = (F.rms_norm(x, (self.hs,)).type_as(v) for x in (q, k))
@@ -433,15 +437,20 @@ class Attention(nn.Module):
             k, v = cache.update(k, v)  # (B, nkv, Tk, hs)
         # a cache may hold another dtype
         y = self.attend(q.type_as(k), k, v, mask, cache, x).type_as(q)  # (B, nh, T, hs)
-        y = self.output(y.transpose(1, 2).reshape(B, T, C), x)
+        y = self.output(y.transpose(1, 2).reshape(B, T, C), x, carry)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def heads(self, qkv, x, cache, carry):
+        """qkv, what c_attn made of x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs)."""
+        qkv = qkv.view(*x.shape[:2], -1, self.hs).transpose(1, 2)  # (B, nh + 2 nkv, T, hs)
+        return qkv.split((self.nh, self.nkv, self.nkv), dim=1)
 
     def attend(self, q, k, v, mask, cache, x):
         """q (B, nh, T, hs), k and v (B, nkv, Tk, hs) -> (B, nh, T, hs); x (B, T, C) what the layer
         was given."""
         return self.kernel(q, self.share(k), self.share(v), mask, self.dropout * self.training)
 
-    def output(self, y, x):
+    def output(self, y, x, carry):
         """The heads' results (B, T, C), side by side, and what the layer was given (B, T, C) ->
         what c_proj reads."""
         return y
@@ -480,94 +489,7 @@ class Attention(nn.Module):
         return 2 * self.nh * self.hs * self.keys(T)  # its scores, and the sum of values
 
 
-class Linformer(Attention):
-    """Linformer (Wang et al. 2020), made causal: a query sees the tokens of its own segment up to
-    itself, and each segment before that as `rank` weighted sums of its keys and values.
-
-    The paper compresses the whole sequence, the future with it, and has no causal form; here a
-    summary is visible only once its segment is past. Cost grows with T rank / segment + segment
-    keys per token instead of T. S = linformer_segment, R = linformer_rank."""
-
-    replayable = False  # the masks grow with the number of segments
-
-    def __init__(self, config, layer):
-        super().__init__(config, layer)
-        self.S, self.R = config.linformer_segment, config.linformer_rank
-        self.e_proj = Summary(config)  # E, for keys
-        self.f_proj = Summary(config)  # F, for values
-
-    @staticmethod
-    def check(config):
-        if config.window or config.document_mask:
-            raise ValueError("linformer has segments of its own: drop window and document_mask")
-        if config.attention_kernel in ("flash", "flex"):
-            raise ValueError(f"linformer has no {config.attention_kernel} kernel; use auto")
-
-    def attend(self, q, k, v, mask, cache, x):
-        B, nh, T, hs = q.size()
-        n, S = mask.size(-3), self.S  # n segments hold the queries, the last of `end` segments
-        start = cache.ring.start if cache is not None else 0
-        first = start // S
-        end = first + n
-        q = F.pad(q, (0, 0, start - first * S, end * S - start - T))
-        q = q.view(B, nh, n, S, hs)
-        k, v = self.segments(k, end), self.segments(v, end)  # (B, nh, end, S, hs)
-        k_past = self.summarize(k, self.e_proj, n)  # (B, nh, n, end R, hs)
-        v_past = self.summarize(v, self.f_proj, n)
-        k = torch.cat((k_past, k[:, :, first:]), dim=3)  # (B, nh, n, end R + S, hs)
-        v = torch.cat((v_past, v[:, :, first:]), dim=3)
-        y = self.kernel(q, k, v, mask, self.dropout * self.training)  # (B, nh, n, S, hs)
-        return y.flatten(2, 3)[:, :, start - first * S :][:, :, :T]
-
-    def segments(self, x, end):
-        """(B, nkv, Tk, hs) -> its first `end` segments, (B, nh, end, S, hs)."""
-        x = self.share(x)[:, :, : end * self.S]
-        x = F.pad(x, (0, 0, 0, end * self.S - x.size(2)))
-        return x.unflatten(2, (end, self.S))
-
-    def summarize(self, x, proj, n):
-        """(B, nh, end, S, hs) -> every segment's summaries, once per query segment:
-        (B, nh, n, end R, hs)."""
-        past = F.linear(x.transpose(3, 4), proj.weight.type_as(x))  # (B, nh, end, hs, R)
-        past = past.transpose(3, 4).flatten(2, 3)  # (B, nh, end R, hs)
-        return past[:, :, None].expand(-1, -1, n, -1, -1)
-
-    def mask(self, pos, wpe, docs=None, cache=None):
-        """A summary counts as standing at the last position of its segment: (1 or nh, n, S,
-        end R + S)."""
-        S, R, device = self.S, self.R, pos.device
-        start = cache.ring.start if cache is not None else 0
-        first, end = start // S, math.ceil((start + len(pos)) / S)
-        masks = []
-        for segment in range(first, end):
-            q_pos = torch.arange(segment * S, segment * S + S, device=device)
-            past = torch.arange(S - 1, end * S, S, device=device).repeat_interleave(R)  # (end R,)
-            k_pos = torch.cat((past, q_pos))
-            mask = attention_mask(q_pos, k_pos, 0, wpe.bias(q_pos, k_pos))  # (.., S, end R + S)
-            # the last query would see the summary of its own, just finished segment: it must not
-            own = torch.zeros(end * R + S, dtype=torch.bool, device=device)
-            own[segment * R : segment * R + R] = True
-            hidden = False if mask.dtype == torch.bool else -math.inf
-            masks.append(mask.masked_fill(own, hidden).expand(-1 if mask.dim() == 3 else 1, -1, -1))
-        return torch.stack(masks, dim=1)
-
-    def keys(self, T):
-        return min(T, T * self.R // self.S + self.S)
-
-
-class Summary(nn.Linear):
-    """The S keys or values of a segment -> R sums of them, the same for each of C channels."""
-
-    def __init__(self, config):
-        super().__init__(config.linformer_segment, config.linformer_rank, bias=False)
-        self.init_std = config.linformer_segment**-0.5  # summaries as large as keys
-        self.uses_per_token = config.n_embd / config.linformer_segment
-
-    def uses(self, T):
-        return self.uses_per_token
-
-
-ATTENTIONS = {"full": Attention, "linformer": Linformer}
+ATTENTIONS = Table("attention", {"full": Attention})
 
 
 # ----------------------------------------------------------------------------- MLP and block
@@ -627,7 +549,39 @@ class SwiGLU(MLP):
         return F.silu(gate) * up
 
 
-MLPS = {"gelu": GELU, "gelu_erf": GELUErf, "relu2": ReLU2, "swiglu": SwiGLU}
+MLPS = Table("mlp", {"gelu": GELU, "gelu_erf": GELUErf, "relu2": ReLU2, "swiglu": SwiGLU})
+
+
+class Residual(nn.Module):
+    """How the branches of block `layer` join the residual stream: x + branch(norm(x)) (GPT-2).
+
+    Another one is a subclass. It may keep in carry what later blocks need, and hand on more than x,
+    if the last layer makes (B, T, C) of it again."""
+
+    own_init = True  # __init__ gives the parameters their initial values
+
+    def __init__(self, config, layer):
+        super().__init__()
+
+    def forward(self, x, ln_1, attn, ln_2, mlp, carry):
+        """x (B, T, C); ln_1, attn, ln_2, mlp: functions of (B, T, C); carry: the pass's Carry."""
+        x = x + attn(ln_1(x))
+        return x + mlp(ln_2(x))
+
+    def uses(self, T):
+        """How often each weight is multiplied for one token of T."""
+        return 1
+
+
+RESIDUALS = Table("residual", {"plain": Residual})
+
+
+class Carry:
+    """What a forward pass takes along from layer to layer: idx (B, T), the KVCache or None, and
+    any attribute that a variant's layer sets for later ones."""
+
+    def __init__(self, idx, cache):
+        self.idx, self.cache = idx, cache
 
 
 class Block(nn.Module):
@@ -637,11 +591,17 @@ class Block(nn.Module):
         self.attn = ATTENTIONS[config.attentions[layer]](config, layer)
         self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
+        self.residual = RESIDUALS[config.residual](config, layer)
         self.dropout = config.dropout
 
-    def forward(self, x, rotation, mask, cache=None):
-        x = x + self.attn(self.ln_1(x), rotation, mask, cache)
-        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+    def forward(self, x, rotation, mask, cache=None, carry=None):
+        def attn(x):
+            return self.attn(x, rotation, mask, cache, carry)
+
+        def mlp(x):
+            return F.dropout(self.mlp(x), self.dropout, self.training)
+
+        return self.residual(x, self.ln_1, attn, self.ln_2, mlp, carry)
 
 
 # ----------------------------------------------------------------------------- the model
@@ -744,8 +704,9 @@ class GPT(nn.Module, Generation):
             docs = cache.number_documents(pos, docs) if cache else docs
         masks = self.masks(pos, docs, cache, encodings)
         layers = cache.layers if cache else [None] * config.n_layer
+        carry = Carry(idx, cache)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, rotations[self.encoded_by[i]], masks[i], layers[i])
+            x = block(x, rotations[self.encoded_by[i]], masks[i], layers[i], carry)
         return self.transformer.ln_f(x)
 
     def masks(self, pos, docs=None, cache=None, encodings=None):

@@ -47,6 +47,7 @@ class LayerCache:
 
     def __init__(self, size):
         self.size, self.ring, self.tensors = size, None, ()
+        self.kept = {}  # what with_last keeps, by name
 
     def update(self, *new):
         """Store tensors (B, heads, T, width) of the newest positions -> what their queries attend
@@ -62,6 +63,15 @@ class LayerCache:
             held.index_copy_(2, ring.slots, x[:, :, -self.size :])
         if ring.seen_as == "ring":
             seen = [held[:, :, : ring.filled] for held in self.tensors]
+        return seen
+
+    def with_last(self, name, x, n):
+        """x (B, T, width), something of the newest positions -> the same with that of the n
+        positions before in front, zeros before the first: (B, n + T, width)."""
+        held = self.kept.get(name)
+        held = x.new_zeros(len(x), n, x.size(2)) if held is None else held.type_as(x)
+        seen = torch.cat((held, x), dim=1)
+        self.kept[name] = seen[:, seen.size(1) - n :]
         return seen
 
 
@@ -110,6 +120,7 @@ class KVCache:
         picked.layers = [copy.copy(layer) for layer in self.layers]
         for layer in picked.layers:
             layer.tensors = [x[rows] for x in layer.tensors]
+            layer.kept = {name: x[rows] for name, x in layer.kept.items()}
         if self.documents is not None:
             picked.documents = self.documents[rows]
         return picked
@@ -117,3 +128,4 @@ class KVCache:
     def to(self, dtype):
         for layer in self.layers:
             layer.tensors = [x.to(dtype) for x in layer.tensors]
+            layer.kept = {name: x.to(dtype) for name, x in layer.kept.items()}

@@ -21,6 +21,7 @@ import tomllib
 import typing
 
 from nanoswitch.files import pointer_hint
+from nanoswitch.registry import place_in_variant, unknown
 
 BOOLS = {"true": "True", "1": "True", "yes": "True", "false": "False", "0": "False", "no": "False"}
 
@@ -43,6 +44,9 @@ def parse(*classes, argv=None, description=None, configs=False):
     args = []
     for origin, name, value in flags:
         check_name(origin, name, fields)
+        choices = typing.get_args(hints[name])
+        if typing.get_origin(hints[name]) is typing.Literal and value not in choices:
+            fail(unknown(origin, value, choices), status=2)
         if hints[name] is bool:
             value = BOOLS.get(value.lower(), value)
         if hints[name] in (int, float):
@@ -197,9 +201,14 @@ def run(main):
         if debug:
             raise
         fail(place_hint(error))
-    except (MemoryError, RuntimeError) as error:  # torch has no kind of its own for it on CPU
+    except Exception as error:
+        if debug:
+            raise
+        # torch has no kind of its own for it on CPU
         wanted = re.search(r"tried to allocate (\d+) bytes|size calculation overflowed", str(error))
-        if debug or not (wanted or isinstance(error, MemoryError)):
+        if not (wanted or isinstance(error, MemoryError)):
+            if place := place_in_variant(error):
+                fail(f"{place}; --debug shows all of it")
             raise
         much = f" for {int(wanted[1]) / 2**30:,.1f} GiB at once" if wanted and wanted[1] else ""
         fail(f"not enough memory{much}; lower the sizes: batch, samples, tokens, context or model")

@@ -76,7 +76,8 @@ def kv_bytes_per_token(model):
     cache = KVCache(model, T)
     with torch.no_grad():
         model.features(torch.zeros(1, 1, dtype=torch.int64, device="meta"), cache)
-    kept = sum(x[0].numel() for layer in cache.layers for x in layer.tensors)
+    tensors = (x for layer in cache.layers for x in (*layer.tensors, *layer.kept.values()))
+    kept = sum(x[0].numel() for x in tensors)
     return CACHE_WIDTH * kept // T
 
 

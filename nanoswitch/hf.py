@@ -184,7 +184,7 @@ def misfits(config, layout):
         "attention": ("full",), "n_kv_head": (config.n_head,), "mlp_hidden": (4 * config.n_embd,),
         "window": (0,), "window_pattern": ("",), "pos_pattern": ("",), "attention_pattern": ("",),
         "qk_norm": (False,), "embd_norm": (False,),
-        "logit_softcap": (0,), "document_mask": (False,),
+        "logit_softcap": (0,), "document_mask": (False,), "residual": ("plain",),
     }  # fmt: skip
     has = {k: v for k, v in (plain | layout.switches).items() if k not in layout.keys}
     if layout.act:

@@ -1,5 +1,8 @@
 """Imports run down only: each file may import those of earlier layers, and of its own those that
-stand before it. And model.py imports nothing that is optional."""
+stand before it. And model.py imports nothing that is optional.
+
+The plug-in rule: a file of variants/ stands above model.py, imports no other variant, and is itself
+imported by name alone, by registry.py, when a switch asks for it."""
 
 import ast
 import re
@@ -7,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = """
-    files cli device | kernels cache loss generation | model | counts | tokenizer shards
+    files registry cli device | kernels cache loss generation | model | counts | tokenizer shards
     streams readers pydocs windows hub web weights hf foreign load surgery | checkpoints
     tracker log stats curves best optimizers parallel micro_batch cards compiled progress
     signals scoring decode publish export | fineweb hellaswag sample | train_gpt2 sweep tune study
@@ -46,6 +49,22 @@ def test_imports_run_down_only():
                 continue
             assert not function, f"{path.name}: {function} imports {name} lazily"
             assert ORDER.index(name) < ORDER.index(path.stem), f"{path.name} imports {name}"
+
+
+def test_variants_import_what_model_stands_on_and_no_other_variant():
+    for path in ROOT.glob("variants/*.py"):
+        for function, name in imports(path):
+            assert not function, f"{path.name}: {function} imports {name} lazily"
+            assert ORDER.index(name) <= ORDER.index("model"), f"{path.name} imports {name}"
+        assert not re.search(r"^\s*(from|import) variants", path.read_text(), re.MULTILINE)
+
+
+def test_only_the_registry_imports_by_name():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("nanoswitch/*.py"), *ROOT.glob("variants/*.py")]
+    found = {p.name for p in files if "import_module" in p.read_text()}
+    assert found == {"registry.py"}
+    text = (ROOT / "nanoswitch/registry.py").read_text()
+    assert re.findall(r"import_module\((.*)\)", text) == ['f"variants.{name}"']
 
 
 def test_importing_model_is_quiet_and_light():

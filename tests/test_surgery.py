@@ -289,7 +289,7 @@ def test_many_changes_at_once_are_one_model():
         ({}, dict(mlp="relu2"), ["mlp gelu, not relu2", "activation"]),
         ({}, dict(mlp="swiglu"), ["mlp gelu, not swiglu"]),
         ({}, dict(block_size=48), ["block_size 24, not 48", "--pos rope"]),
-        ({}, dict(attention="linformer"), ["attention full, not linformer", "summaries"]),
+        ({}, dict(attention="linformer"), ["attention full, not linformer", "weights"]),
         ({}, dict(vocab_size=90), ["vocab_size", "90"]),
         ({}, dict(vocab_used=90), ["vocab_used 97, not 90"]),
         (dict(tie_embeddings=False), dict(tie_embeddings=True), ["tie_embeddings False, not True"]),
@@ -299,7 +299,7 @@ def test_many_changes_at_once_are_one_model():
         (
             dict(attention="linformer", attention_pattern="linformer,full,full,linformer"),
             dict(n_layer=2),
-            ["attention", "summaries"],
+            ["attention", "weights"],
         ),
     ],
     ids=str,

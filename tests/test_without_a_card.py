@@ -117,7 +117,7 @@ def test_each_card_takes_the_kernels_of_its_own(found):
 def test_the_cases_hold_every_switch_and_all_pairs_that_go_together():
     sizes = {"vocab_size", "vocab_used", "block_size", "n_layer", "n_head", "n_embd"}
     numbers = {"norm_eps", "mlp_hidden", "linformer_segment", "linformer_rank", "rope_theta"}
-    numbers |= {"rope_scaling", "zero_init"}
+    numbers |= {"rope_scaling", "zero_init", "settings"}
     assert set(GPTConfig.__dataclass_fields__) - sizes - numbers == set(cases.SWITCHES)
     every = cases.all_pairs()
     assert cases.possible_pairs() <= set().union(*map(cases.pairs, every))

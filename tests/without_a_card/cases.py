@@ -40,6 +40,7 @@ SWITCHES = {
     "mlp": list(MLPS),
     "attention": ["full", "linformer"],
     "attention_pattern": ["", "{},full"],
+    "residual": ["plain"],
     "window": [0, 16, 20],
     "window_pattern": ["", "SL"],
     "n_kv_head": [0, 2, 1],

@@ -635,6 +635,8 @@ class GPT(nn.Module, Generation):
         self.encoded_by = config.encodings  # the name of each layer's encoding
         kinds = list(zip(config.attentions, config.windows, self.encoded_by, strict=True))
         self.alike = [kinds.index(kind) for kind in kinds]  # of each layer the first of its kind
+        # whether a cache can hold what tokens read of earlier ones
+        self.caches = all(getattr(module, "caches", True) for module in self.modules())
         if not self.lm_head.weight.is_meta:
             self.init_weights(seed)
 
@@ -682,6 +684,8 @@ class GPT(nn.Module, Generation):
         """idx (B, T) -> what the head reads, (B, T, C). With a cache, idx continues it. pos (T,):
         the positions of idx, where the caller has them on the device."""
         config, encodings = self.config, self.encodings
+        if cache and not self.caches:
+            return self.features(cache.read(idx))[:, -idx.size(1) :]
         if pos is None:
             start = cache.seen if cache else 0
             self.check_length(start + idx.size(1))

@@ -86,20 +86,31 @@ class KVCache:
         for layer in self.layers:
             layer.ring = self.rings[layer.size]
         self.documents = None  # (B, length) the document of each position, if the model asks
+        self.ids = None  # (B, seen), if the model has to read the whole text again every time
 
     @property
     def device(self):
-        return self.layers[0].tensors[0].device
+        return self.layers[0].tensors[0].device if self.ids is None else self.ids.device
+
+    def read(self, idx):
+        """idx (B, T), which comes next, for a model that keeps nothing -> all so far, (B, seen)."""
+        self.check_room(idx.size(1))
+        self.ids = idx if self.ids is None else torch.cat((self.ids, idx), dim=1)
+        self.seen = self.ids.size(1)
+        return self.ids
 
     def advance(self, pos):
         """Make room for the tokens at pos (T,), contiguous, which come next. ValueError when they
         do not fit."""
         start, T = self.seen, len(pos)
-        if start + T > self.length:
-            raise ValueError(f"the cache holds {self.length} positions, {T} more do not fit")
+        self.check_room(T)
         self.seen += T
         for ring in self.rings.values():
             ring.advance(start, pos, self.static)
+
+    def check_room(self, T):
+        if self.seen + T > self.length:
+            raise ValueError(f"the cache holds {self.length} positions, {T} more do not fit")
 
     def number_documents(self, pos, begun):
         """Count on: begun (B, T), the documents that began since pos[0] -> (B, T) the document of
@@ -121,6 +132,8 @@ class KVCache:
         for layer in picked.layers:
             layer.tensors = [x[rows] for x in layer.tensors]
             layer.kept = {name: x[rows] for name, x in layer.kept.items()}
+        if self.ids is not None:
+            picked.ids = self.ids[rows]
         if self.documents is not None:
             picked.documents = self.documents[rows]
         return picked

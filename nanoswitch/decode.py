@@ -61,7 +61,8 @@ def decode_step(model, cache):
     device = cache.device
     # CPUs attend from one query several times as fast in fp32
     cache.to(torch.float32 if device.type == "cpu" else model.lm_head.weight.dtype)
-    replayable = all(block.attn.replayable for block in model.transformer.h)
+    parts = model.modules()
+    replayable = model.caches and all(getattr(part, "replayable", True) for part in parts)
     if device.type == "cuda" and replayable:
         try:
             return GraphedStep(model, cache)

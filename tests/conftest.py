@@ -29,3 +29,22 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "data"
     make_data(folder)
     return folder
+
+
+@pytest.fixture
+def variant_file(tmp_path, monkeypatch):
+    """variant_file(name, code) writes variants/NAME.py, an attention, into a folder that stands in
+    for ours; the class in code is called Wrong."""
+    from nanoswitch import registry
+
+    folder = tmp_path / "variants"
+    folder.mkdir()
+    monkeypatch.setattr(registry, "FOLDER", folder)
+    monkeypatch.syspath_prepend(tmp_path)
+    head = "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n"
+    head += "from model import Attention\n"
+
+    def write(name, code):
+        (folder / f"{name}.py").write_text(f"{head}{code}\nattention = Wrong\n")
+
+    return write

@@ -7,16 +7,17 @@ Say here what yours is: the paper and its formula, what it buys, its pitfalls.
 
 A variant is a subclass of one of these in model.py, and overrides what it does otherwise:
 
-    attention   Attention(config, layer)    heads, attend, output, or mask, new_cache, all of forward
-    mlp         MLP(config)                 activation, or __init__ and forward, default_hidden
-    norm        nn.Module, from (config)    forward
-    pos         NoPosition(config)          embed, rotation, bias
-    residual    Residual(config, layer)     forward: how the branches of a block join the stream
+    attention   Attention(config, layer)   heads, attend, output, or mask, new_cache, all of forward
+    mlp         MLP(config)                activation, or __init__ and forward, default_hidden
+    norm        nn.Module, from (config)   forward
+    pos         NoPosition(config)         embed, rotation, bias
+    residual    Residual(config, layer)    forward: how the branches of a block join the stream
 
-Rules that the proof would find broken: no parameter of shape () (fsdp has no rows to share out:
-take (1,)); a weight that is not multiplied once a token has a line in uses(T), work that is none of
-a weight's in products(T). Parameters of fewer than two dimensions keep the values that __init__
-gives them and never decay; matrices are drawn, unless the module says own_init = True.
+Rules, which the proof checks: no parameter of shape (), for fsdp has no rows to share out: take
+(1,). A token reads others only where a cache holds them (cache.with_last), or the class says
+caches = False. A weight that a token is not multiplied with once has a line in uses(T), and work
+that is none of a weight's in products(T). Parameters of fewer than two dimensions keep the values
+of __init__ and never decay; matrices are drawn, unless the module says own_init = True.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """LD_PRELOAD=shim.so python cases.py ampere|hopper most|rest
+LD_PRELOAD=shim.so python cases.py ampere|hopper variants|quick '{"attention": "NAME"}' ...
 
 Runs the works below on cases enough to hold all pairs of switches, with FakeTensors on a card that
 is not there, and prints a JSON line each: {"work", "case", "error", "kernels"}.
-test_without_a_card.py starts it."""
+test_without_a_card.py and nanoswitch/prove.py start it."""
 
 import itertools
 import json
@@ -290,11 +291,41 @@ def plan(name, part):
     return [("refuse", plain), *jobs]
 
 
-def main(name, part):
+# what variants are tried with beside the plain config
+BESIDE = [
+    {"n_kv_head": 2, "pos": "rope", "qk_norm": True, "dtype": "float16"},
+    {"window": 20, "window_pattern": "SL", "pos": "alibi", "dropout": 0.1},
+    {"document_mask": True, "pos": "rope", "mlp": "swiglu", "norm": "rmsnorm", "bias": False},
+    {"attention_kernel": "flex", "window": 16, "pos": "rope"},
+    {"attention_kernel": "flash", "tie_embeddings": False, "pos": "rope", "optimizer": "muon"},
+    {"attention_kernel": "math", "pos": "fire", "n_kv_head": 1},
+]
+
+
+def plan_variants(card, choices, quick):
+    """[(work, case)] for variants, each {flag: name}: plain and with each of BESIDE that it takes.
+    quick: the plain one on one card, one of the others on the other."""
+    plain, jobs = {name: values[0] for name, values in (SWITCHES | RUN).items()}, []
+    for i, choice in enumerate(choices):
+        cases = [plain | beside | choice for beside in [{}, *BESIDE]]
+        cases = [case for case in cases if allowed(case)]
+        if quick:
+            cases = cases[:1] if (card == "hopper") == (i % 2 == 0) else cases[1 + i % 2 :][:1]
+        jobs += [(work, case) for case in cases for work in ("train", "generate", "score")]
+        if card == "ampere" and not quick:
+            jobs += [("share", plain | choice | {"parallel": p}) for p in RANKS["parallel"]]
+    return jobs
+
+
+def main(name, part, *choices):
     torch.set_num_threads(1)
+    if part in ("variants", "quick"):
+        jobs = plan_variants(name, [json.loads(choice) for choice in choices], part == "quick")
+    else:
+        jobs = plan(name, part)
     with tempfile.TemporaryDirectory() as folder:
         make_data(folder)
-        for work, case in plan(name, part):
+        for work, case in jobs:
             print(json.dumps(run(work, case, folder, name)), flush=True)
 
 

@@ -1,0 +1,120 @@
+"""Every file of variants/ is proven without a line written for it; and those that are wrong, each
+in its own way, are found out."""
+
+import pytest
+
+from nanoswitch import prove, registry
+
+CHOICES = [choice for name in registry.variants() for choice in prove.choices(name)]
+QUICK = [prove.causal, prove.documents, prove.windows, prove.counted, prove.saved]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def name_of(choice):
+    return "-".join(f"{flag}-{name}" for flag, name in choice.items())
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=name_of)
+def test_a_variant_holds_what_every_switch_does(choice):
+    made = prove.configs(choice, {})
+    for check in QUICK:
+        check(choice, made)
+    some = [config for config in made if config.window or config.n_kv_head == 2][:2] or made[:2]
+    prove.cached(choice, some)
+    prove.dtypes(choice, some[:1])
+    prove.compiled(choice, some[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", registry.variants())
+def test_all_that_the_command_proves(name, capsys):
+    """With every kernel and encoding, on two ranks under each mode, on two cards that are faked."""
+    assert prove.prove(name), capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- what is wrong
+
+WRONG = {
+    "causal": """
+class Wrong(Attention):  # reads the token after
+    def output(self, y, x, carry):
+        return y + torch.roll(y, -1, 1)
+""",
+    "documents": """
+class Wrong(Attention):  # the mask forgets the documents
+    def mask(self, pos, wpe, docs=None, cache=None):
+        return super().mask(pos, wpe, None, cache)
+""",
+    "windows": """
+class Wrong(Attention):  # the mask forgets the window
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.window = 0
+""",
+    "cached": """
+class Wrong(Attention):  # reads the token before, which a cache does not hold
+    def output(self, y, x, carry):
+        return y + F.pad(y, (0, 0, 1, 0))[:, :-1]
+""",
+    "dtypes": """
+class Wrong(Attention):  # fp32 where the products are in bf16
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.matrix = nn.Parameter(torch.zeros(config.n_embd, config.n_embd))
+
+    def output(self, y, x, carry):
+        with torch.autocast(y.device.type, enabled=False):
+            return y @ self.matrix
+""",
+    "counted": """
+class Wrong(Attention):  # multiplies twice what it holds once
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.more = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def output(self, y, x, carry):
+        return y + self.more(self.more(x))
+""",
+    "saved": """
+class Wrong(Attention):  # draws numbers that no checkpoint holds
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.numbers = torch.rand(config.n_embd)
+
+    def output(self, y, x, carry):
+        return y * self.numbers.to(y.device)
+""",
+    "compiled": """
+class Wrong(Attention):  # asks the numbers, which a compiler does not know
+    def output(self, y, x, carry):
+        return y * 2 if y.sum().item() > 0 else y
+""",
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_variant_is_found_out(what, variant_file):
+    variant_file(f"wrong_{what}", WRONG[what])
+    choice = {"attention": f"wrong_{what}"}
+    made = prove.configs(choice, {})
+    held, text = prove.attempt(getattr(prove, what), choice, made)
+    assert not held, text
+
+
+def test_a_variant_may_say_that_no_cache_holds_what_it_reads(variant_file):
+    variant_file("no_cache", WRONG["cached"].replace("    def", "    caches = False\n\n    def", 1))
+    choice = {"attention": "no_cache"}
+    made = [config for config in prove.configs(choice, {}) if not config.document_mask][:3]
+    held, text = prove.attempt(prove.cached, choice, made)
+    assert held and "no cache" in text, text
+
+
+def test_a_card_shows_each_check_and_ends_with_status_1_where_one_fails(
+    variant_file, capsys, monkeypatch
+):
+    variant_file("leaky", WRONG["causal"])
+    monkeypatch.setattr(prove, "CHECKS", [prove.causal, prove.counted])
+    assert not prove.prove("leaky", quick=True)
+    out = capsys.readouterr().out
+    assert "causal     FAILED" in out and "its future" in out
+    assert "counted    ok" in out and "| parameters |" in out

@@ -1,0 +1,231 @@
+"""Each file of variants/ against its paper's formula, written out here token by token and head by
+head, with no line of the variant's."""
+
+import math
+
+import pytest
+import torch
+from builders import grown, tiny, tokens
+
+from model import GPT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+IDX = tokens(tiny(), 2, 9)
+nh, hs = 4, 4
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def norm(x, ln):
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    return x * ln.weight + ln.bias
+
+
+def linear(x, layer):
+    return x @ layer.weight.T + layer.bias
+
+
+def split(x):
+    """(T, C) -> one (T, hs) a head."""
+    return [x[:, h * hs : h * hs + hs] for h in range(x.size(1) // hs)]
+
+
+def attend(q, k, v):
+    """One head, (T, hs) each."""
+    rows = []
+    for t in range(len(q)):
+        weights = torch.softmax(k[: t + 1] @ q[t] / math.sqrt(q.size(1)), 0)
+        rows.append(weights @ v[: t + 1])
+    return torch.stack(rows)
+
+
+def full(x, attn):
+    """What the heads of plain attention find in x (T, C), side by side."""
+    q, k, v = linear(x, attn.c_attn).split(nh * hs, dim=1)
+    return torch.cat([attend(*head) for head in zip(*map(split, (q, k, v)), strict=True)], 1)
+
+
+def gelu_mlp(x, mlp):
+    x = linear(x, mlp.c_fc)
+    x = x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return linear(x, mlp.c_proj)
+
+
+def branches(block):
+    """A plain block's two branches, functions of (T, C) with their norms."""
+    return (
+        lambda x: linear(full(norm(x, block.ln_1), block.attn), block.attn.c_proj),
+        lambda x: gelu_mlp(norm(x, block.ln_2), block.mlp),
+    )
+
+
+def check(model, stream):
+    """stream(x, blocks): embeddings (T, C) -> what the last norm reads; against all logits."""
+    part = model.transformer
+    with torch.no_grad():
+        got = model(IDX)[0]
+        for row, ids in zip(got, IDX, strict=True):
+            x = stream(part.wte.weight[ids], part.h)
+            close(row, norm(x, part.ln_f) @ model.lm_head.weight.T)
+
+
+def make(**changes):
+    return grown(tiny(**dict(n_layer=4, pos="none") | changes))
+
+
+def plain(x, blocks):
+    for block in blocks:
+        for branch in branches(block):
+            x = x + branch(x)
+    return x
+
+
+def test_the_formulas_hold_for_the_baseline():
+    check(make(), plain)
+
+
+# ----------------------------------------------------------------------------- residual streams
+
+
+def test_x0_is_the_embedding_carried_along():
+    def stream(x, blocks):
+        x0 = x
+        for block in blocks:
+            a, b = block.residual.mix
+            x = a * x + b * x0
+            for branch in branches(block):
+                x = x + branch(x)
+        return x
+
+    check(make(residual="x0"), stream)
+    start = tiny(residual="x0", settings="x0.start=0.5")
+    assert torch.equal(grown(start, std=0.0).transformer.h[1].residual.mix, torch.tensor([1, 0.5]))
+
+
+@pytest.mark.parametrize("n_layer, pairs", [(4, {2: 1, 3: 0}), (5, {3: 1, 4: 0}), (1, {})])
+def test_unet_skips_go_from_the_first_half_to_the_second(n_layer, pairs):
+    def stream(x, blocks):
+        outputs = []
+        for i, block in enumerate(blocks):
+            if i in pairs:
+                x = x + block.residual.skip * outputs[pairs[i]]
+            for branch in branches(block):
+                x = x + branch(x)
+            outputs.append(x)
+        return x
+
+    check(make(residual="unet", n_layer=n_layer), stream)
+
+
+# ----------------------------------------------------------------------------- attention
+
+
+def heads_with(own):
+    """A stream whose attention is own(normed x, block's attention) before c_proj."""
+
+    def stream(x, blocks):
+        for block in blocks:
+            x = x + linear(own(norm(x, block.ln_1), block.attn), block.attn.c_proj)
+            x = x + branches(block)[1](x)
+        return x
+
+    return stream
+
+
+def test_value_residual_mixes_the_first_layers_values():
+    """ResFormer, eq. 4 with learned numbers: all later layers take layer 1's values."""
+
+    def stream(x, blocks):
+        first = None
+        for block in blocks:
+            q, k, v = linear(norm(x, block.ln_1), block.attn.c_attn).split(nh * hs, dim=1)
+            if first is None:
+                first = v
+            else:
+                a, b = block.attn.mix.weight
+                v = a * v + b * first
+            found = [attend(*head) for head in zip(*map(split, (q, k, v)), strict=True)]
+            x = x + linear(torch.cat(found, 1), block.attn.c_proj)
+            x = x + branches(block)[1](x)
+        return x
+
+    model = make(attention="value_residual")
+    check(model, stream)
+    assert model.transformer.h[0].attn.mix is None
+    start = grown(tiny(attention="value_residual"), std=0.0)
+    assert torch.equal(start.transformer.h[1].attn.mix.weight, torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_gated_attention_is_the_heads_result_times_a_sigmoid_of_the_input(per_head):
+    """Qiu et al. 2025, eq. 5 at position G1: elementwise, or one gate a head."""
+
+    def own(x, attn):
+        gate = 1 / (1 + torch.exp(-(x @ attn.gate.weight.T)))
+        if per_head:
+            gate = torch.cat([gate[:, h : h + 1].expand(-1, hs) for h in range(nh)], 1)
+        return full(x, attn) * gate
+
+    check(make(attention="gated", settings=f"gated.per_head={per_head}".lower()), heads_with(own))
+
+
+def test_xsa_leaves_nothing_along_a_tokens_own_value():
+    def own(x, attn):
+        rows = []
+        for y, v in zip(split(full(x, attn)), split(linear(x, attn.c_attn)[:, 32:]), strict=True):
+            rows.append(torch.stack([a - (a @ b) / (b @ b) * b for a, b in zip(y, v, strict=True)]))
+        return torch.cat(rows, 1)
+
+    model = make(attention="xsa")
+    assert nh * hs * 2 == 32
+    check(model, heads_with(own))
+    kept = []
+    model.transformer.h[2].attn.c_proj.register_forward_hook(lambda m, a, y: kept.append(a[0]))
+    inputs = []
+    model.transformer.h[2].attn.c_attn.register_forward_hook(lambda m, a, y: inputs.append(y))
+    with torch.no_grad():
+        model(IDX)
+    y, v = (x.view(2, 9, nh, hs) for x in (kept[0], inputs[0][..., 32:]))
+    assert ((y * v).sum(-1).abs() < 1e-4 * v.norm(dim=-1) * (1 + y.norm(dim=-1))).all()
+
+
+# ----------------------------------------------------------------------------- short convolutions
+
+
+def canon(x, conv):
+    """x (T, C) plus, of each channel, w_j times the token j before."""
+    rows, w = [], conv.weight.flip(1)  # held with the oldest token first
+    for t in range(len(x)):
+        rows.append(x[t] + sum(w[:, j] * x[t - j] for j in range(w.size(1)) if t >= j))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("width", [4, 2])
+def test_canon_a_and_c_mix_what_attention_and_mlp_read(width):
+    def stream(x, blocks):
+        for block in blocks:
+            mixed = canon(norm(x, block.ln_1), block.residual.conv_1)
+            x = x + linear(full(mixed, block.attn), block.attn.c_proj)
+            x = x + gelu_mlp(canon(norm(x, block.ln_2), block.residual.conv_2), block.mlp)
+        return x
+
+    check(make(residual="canon", settings=f"canon.width={width}"), stream)
+
+
+def test_canon_b_mixes_queries_keys_and_values():
+    def own(x, attn):
+        qkv = canon(linear(x, attn.c_attn), attn.conv)
+        heads = zip(*map(split, qkv.split(nh * hs, dim=1)), strict=True)
+        return torch.cat([attend(*head) for head in heads], 1)
+
+    check(make(attention="canon"), heads_with(own))
+
+
+def test_canon_starts_as_the_model_without_it():
+    for block in GPT(tiny(residual="canon", attention="canon")).transformer.h:
+        convs = (block.residual.conv_1, block.residual.conv_2, block.attn.conv)
+        assert all((conv.weight == 0).all() for conv in convs)
+        x = torch.randn(1, 5, 16)
+        assert torch.equal(convs[0](x, None, ""), x)

@@ -14,6 +14,7 @@ otherwise are compared alike, those named seed_N as one config's seeds.
     OUT/lengths.md, lengths.json             --lengths: the loss at longer contexts than trained
     OUT/tune/NAME/FLAG_VALUE/                --tune: the search of each config's own value
     OUT/tuned/NAME/seed_S/                   the runs at it, where it is not the common one
+    OUT/n_embd_N/                            --ladder: runs, tune and tuned of each size
 """
 
 import dataclasses
@@ -27,22 +28,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from tyro.conf import Positional
 
-from model import GPT, GPTConfig
-from nanoswitch import cli, stats
+from model import GPTConfig
+from nanoswitch import cli, ladder, stats
 from nanoswitch.counts import flops_per_token, kv_bytes_per_token, on_meta
-from nanoswitch.curves import draw, draw_searches, mean_curve
-from nanoswitch.device import autocast, pick_device, pick_dtype
+from nanoswitch.curves import draw, draw_ladder, draw_searches, mean_curve
 from nanoswitch.files import locked, write_beside
+from nanoswitch.lengths import lengths_table, score_lengths
 from nanoswitch.log import read_run
 from nanoswitch.progress import clock, short
 from nanoswitch.report import page
-from nanoswitch.shards import load_shards, match_vocabulary
 from nanoswitch.study import MUST_AGREE, Study, check_fair, name_of, read_entries, show_plan
 from nanoswitch.sweep import INCIDENTAL
-from nanoswitch.windows import Windows
 from train_gpt2 import TrainConfig
 
 
@@ -78,7 +76,11 @@ class CompareConfig:
     max_seeds: int = 12
     """the most seeds that --resolve gives a config"""
     plan: bool = False
-    """print runs, tokens, hours and the least effect that the seeds can show; train nothing"""
+    """print runs, tokens, hours and the least effect that the seeds can show; train nothing. With
+    --device cuda:h100 or another card that train_gpt2.py's --dry_run knows, for that"""
+    ladder: str = ""
+    """a file of sizes, such as configs/ladder.toml: train every config at each of them, fit loss
+    against compute and say how much compute a config is worth, and whether that lasts"""
     sd: float = 0.0
     """--plan's spread of one config over seeds in nats; 0 = that of finished runs, else typical"""
     report_only: bool = False
@@ -110,6 +112,9 @@ class CompareConfig:
             near = difflib.get_close_matches(self.tune, numeric, n=1)
             hint = f"did you mean {near[0]}?" if near else "such as lr"
             raise ValueError(f"tune is {self.tune}, no flag with a number to vary; {hint}")
+        if self.ladder and (self.resolve or self.lengths):
+            raise ValueError("--ladder adds no seeds and scores no lengths: leave --resolve and "
+                             "--lengths out")  # fmt: skip
         names = [name_of(path) for path in self.inputs]
         if self.require and self.require not in names[1:]:
             raise ValueError(f"require is {self.require}; it must be one of {', '.join(names[1:])}")
@@ -157,7 +162,13 @@ def check_runs(groups):
 
 def mean_sd(values):
     spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "sd": spread}
+    return {"mean": statistics.fmean(values), "sd": spread, "seeds": values}
+
+
+def metric_of(groups):
+    """What {name: Runs} are compared by: nats of two vocabularies are not the same."""
+    vocabularies = {run.config.get("vocab_used") for runs in groups.values() for run in runs}
+    return "val_bpb" if len(vocabularies) > 1 else "val_loss"
 
 
 def summary(runs):
@@ -189,16 +200,16 @@ def summary(runs):
         ),
         "tokens": steps[0] * runs[0].config["total_batch_tokens"],
         "lr": runs[0].config.get("lr"),
-        "val_loss": mean_sd(losses) | {"seeds": losses},
+        "val_loss": mean_sd(losses),
         "val_bpb": None if None in bpb else mean_sd(bpb),
         "hellaswag": score,
     }
 
 
-def reaches(runs, loss):
+def reaches(runs, loss, metric):
     """When the mean curve of Runs first is at `loss` or below, between validations on a straight
     line -> {"tokens", "s"}, or None if it never is."""
-    steps, mean = mean_curve(runs, "val_loss")
+    steps, mean = mean_curve(runs, metric)
     below = next((i for i, value in enumerate(mean) if value <= loss), None)
     if below is None:
         return None
@@ -212,8 +223,9 @@ def reaches(runs, loss):
 def results(groups, margin=0.0, wanted=0.0, pool=True):
     """{name: finished Runs} -> results.json's dict. margin, wanted, pool: stats.against_first's."""
     first, configs = next(iter(groups)), {name: summary(runs) for name, runs in groups.items()}
+    metric = metric_of(groups)
     losses = {
-        name: {run.seed: run.last("val_loss") for run in runs} for name, runs in groups.items()
+        name: {run.seed: run.last(metric) for run in runs} for name, runs in groups.items()
         if configs[name]["tokens"] == configs[first]["tokens"]  # else another experiment
     }  # fmt: skip
     found = stats.against_first(losses, margin, wanted, pool)
@@ -221,12 +233,13 @@ def results(groups, margin=0.0, wanted=0.0, pool=True):
         row = configs[name]
         row["seeds"] = [run.seed for run in runs]
         row["diff"] = found["rows"].get(name, stats.UNKNOWN)
-        row["reaches_first"] = reaches(runs, configs[first]["val_loss"]["mean"])
+        row["compute_gain"] = None  # a ladder's
+        row["reaches_first"] = reaches(runs, configs[first][metric]["mean"], metric)
         mine, theirs = (about(group[0]) for group in (runs, groups[first]))
         row["differs_in"] = {k: v for k, v in sorted(mine.items()) if v != theirs.get(k)}
     asked = {"level": stats.LEVEL, "power": stats.POWER, "margin": margin, "wanted": wanted}
     noise = {key: found[key] for key in ("method", "sd", "df")}
-    return {"configs": configs, "first": first, "statistics": noise | asked}
+    return {"configs": configs, "first": first, "metric": metric, "statistics": noise | asked}
 
 
 def about(run):
@@ -243,17 +256,21 @@ def verdict(diff):
 
 # ----------------------------------------------------------------------------- the table
 
+LOSSES = {"val_loss": "validation loss", "val_bpb": "bits per byte"}
+LEADS = {"val_loss": LOSSES, "val_bpb": dict(reversed(LOSSES.items()))}  # what stands first
+UNITS = {"val_loss": "nats", "val_bpb": "bits per byte"}
+
 
 def grid(found):
     """results()'s dict -> the table's head and rows, of text."""
-    configs, first = found["configs"], found["first"]
+    configs, first, leads = found["configs"], found["first"], LEADS[found["metric"]]
     head = [
         "config", "parameters", "MFLOP/token", "KV B/token", "tok/s", "peak memory", "tokens",
-        "validation loss", "bits per byte", f"difference from {first}", "p", "p adjusted",
+        *leads.values(), f"difference from {first}", "p", "p adjusted",
         "least effect", "verdict", "HellaSwag acc_norm", "HellaSwag bits per byte", "training time",
         f"reaches {first}'s loss after",
     ]  # fmt: skip
-    rows = [cells(name, row, name == first) for name, row in configs.items()]
+    rows = [cells(name, row, name == first, leads) for name, row in configs.items()]
     return head, rows
 
 
@@ -280,6 +297,10 @@ def notes_of(found, match, unfinished):
         if match == "params"
         else "Parameters are not matched: a larger model has an advantage.",
     ]
+    if found["metric"] == "val_bpb":
+        notes.insert(0, "The vocabularies differ: nats of different tokens do not compare, so that "
+                     "all is judged in bits per byte of the same validation text. Equal numbers of "
+                     "tokens are different amounts of text.")  # fmt: skip
     if len({row["tokens"] for row in configs.values()}) > 1:
         notes.append(
             "Runs of other lengths have no difference: a schedule that ends at another token "
@@ -316,10 +337,11 @@ def table(found, match, unfinished):
 def about_noise(found):
     """What the differences and verdicts rest on, in a few sentences."""
     how, rows = found["statistics"], [row["diff"] for row in found["configs"].values()]
+    unit = UNITS[found["metric"]]
     if not how["method"]:
         return "With one seed nothing tells noise from effect."
     text = {
-        "dunnett": f"The noise, {how['sd']:.4f} nats over seeds, is pooled over all configs, or "
+        "dunnett": f"The noise, {how['sd']:.4f} {unit} over seeds, is pooled over all configs, or "
         "the row's own where that is larger; intervals and adjusted p are Dunnett's",
         "holm": "Each row is judged by its own noise, for the configs' spreads differ or it was "
         "asked for; adjusted p are Holm's, intervals Bonferroni's",
@@ -330,16 +352,16 @@ def about_noise(found):
         "10. A row whose adjusted p is below 0.05 is better or worse"
     )
     if how["margin"]:
-        text += f"; one surely within {how['margin']:g} nats of the first is equal"
+        text += f"; one surely within {how['margin']:g} {unit} of the first is equal"
     text += "; all else is undecided, which is not the same as equal."
     more = [diff["more_seeds"] for diff in rows if diff["n"] and diff["ci95"][0] is not None]
     if how["wanted"] and more:
         most = "more than 10,000" if None in more else max(more)
-        text += f" Intervals narrower than {how['wanted']:g} nats would take {most} more seeds."
+        text += f" Intervals narrower than {how['wanted']:g} {unit} would take {most} more seeds."
     return text
 
 
-def cells(name, row, is_first):
+def cells(name, row, is_first, leads):
     diff, score = row["diff"], row["hellaswag"]
     change, p, adjusted, least = "-", "-", "-", "-"
     if diff["mean"] is not None:
@@ -354,7 +376,7 @@ def cells(name, row, is_first):
         name, f"{row['parameters']:,}", f"{row['flops_per_token'] / 1e6:,.1f}",
         f"{row['kv_bytes_per_token']:,}", f"{row['tok_per_s']:,.0f}" if row["tok_per_s"] else "-",
         f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if row["peak_memory_bytes"] else "-",
-        short(row["tokens"]), mean_and_sd(row["val_loss"]), mean_and_sd(row["val_bpb"]),
+        short(row["tokens"]), *(mean_and_sd(row[key]) for key in leads),
         change, p, adjusted, least, "-" if is_first else verdict(diff),
         *hellaswag_cells(score),
         clock(row["wall_s"]), "-" if is_first else after,
@@ -365,60 +387,6 @@ def mean_and_sd(found):
     if found is None:  # a log from before there were bits per byte
         return "-"
     return f"{found['mean']:.4f}" + ("" if found["sd"] is None else f" ± {found['sd']:.4f}")
-
-
-# ----------------------------------------------------------------------------- longer contexts
-
-
-def score_lengths(groups, multiples):
-    """{name: Runs} -> {name: {context: [loss of each seed]}} in nats: the last checkpoints
-    on the same validation tokens, cut into longer windows. None where positions end."""
-    found = {}
-    for name, runs in groups.items():
-        found[name] = {}
-        for T in [runs[0].config["block_size"] * k for k in multiples]:
-            losses = [score_length(run, T) for run in runs]
-            found[name][T] = None if None in losses else losses
-    return found
-
-
-def score_length(run, T):
-    """The validation loss of a run's last checkpoint in windows of T tokens, or None."""
-    model = GPT.from_pretrained(run.folder)
-    if model.config.block_size < T and not model.extrapolates:
-        return None
-    device = pick_device(run.config.get("device", "auto"))
-    model = model.to(device).eval()
-    data_dir = run.config["data_dir"]
-    vocab = match_vocabulary(data_dir, model.config)
-    val = Windows(load_shards(data_dir, "val"), T, vocab)
-    count = min(run.config["val_tokens"] // T, val.count)
-    if not count:
-        raise ValueError(f"{run.folder} validates on fewer than {T} tokens; give shorter --lengths")
-    total, size = 0.0, max(1, 8192 // T)
-    with torch.no_grad(), autocast(device, pick_dtype(run.config.get("dtype", "auto"), device)):
-        for begin in range(0, count, size):
-            x, y = val.read(np.arange(begin, min(begin + size, count)))
-            total += model(x.to(device), y.to(device))[1].item() * len(x)
-    return total / count
-
-
-def lengths_table(found):
-    """score_lengths()'s dict -> lengths.md."""
-    lengths = list(next(iter(found.values())))
-    lines = [["config", *(f"T = {T:,}" for T in lengths)], ["---"] * (1 + len(lengths))]
-    for name, losses in found.items():
-        cells = [name]
-        for T in lengths:
-            seeds = losses.get(T)
-            spread = f" ± {statistics.stdev(seeds):.4f}" if seeds and len(seeds) > 1 else ""
-            cells.append(f"{statistics.fmean(seeds):.4f}{spread}" if seeds else "-")
-        lines.append(cells)
-    note = (
-        "Validation loss of the last checkpoints at contexts up to and beyond the trained one, the "
-        "same tokens at every length, mean ± standard deviation over seeds."
-    )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{note}\n"
 
 
 # ----------------------------------------------------------------------------- main
@@ -432,10 +400,11 @@ def only_finished(groups):
     return {name: runs for name, runs in finished.items() if runs}, unfinished
 
 
-def report(groups, config, tuned=None, searched=None):
+def report(groups, config, tuned=None, searched=None, climbed=None):
     """Write all that OUT holds about {name: Runs}, and print the table -> results.json's dict.
 
-    tuned: the groups at each config's own value; searched: how that was found."""
+    tuned: the groups at each config's own value; searched: how that was found; climbed: the Ladder
+    whose largest size the groups are."""
     finished, unfinished = only_finished(groups)
     if next(iter(groups)) not in finished:
         raise ValueError(f"{next(iter(groups))} has no finished run yet: nothing to compare with")
@@ -450,14 +419,28 @@ def report(groups, config, tuned=None, searched=None):
             check_runs(tuned)
             found["tuned"] = results(own, *judged)
         text += tuned_text(found, config.match, missing)
+    if climbed:
+        for by in climbed.groups():
+            check_runs(by)
+        found["ladder"] = climbed.found(lambda done: results(done, *judged))
+        for name, one in (found["ladder"]["curves"] or {}).items():
+            if one["equal_flops"] and name in found["configs"]:
+                gain = one["equal_flops"]["gain"][-1]
+                found["configs"][name]["compute_gain"] = {k: gain[k] for k in ("mean", "ci95")}
+        text += ladder_text(found["ladder"])
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         write(out / "results.md", text)
         write(out / "results.json", json.dumps(found, indent=1))
-        draw(finished, out / "curves")
+        draw(finished, out / "curves", found["metric"])
+        if climbed:
+            draw_ladder(found["ladder"], out / "ladder")
         if searched:
             draw_searches(searched, out / "tune")
-        write(out / "report.html", html_page(found, finished, tuned or {}, config, unfinished))
+        write(
+            out / "report.html",
+            html_page(found, finished, tuned or {}, config, unfinished, climbed),
+        )
         if config.multiples:
             losses = score_lengths(finished, config.multiples)
             write(out / "lengths.md", lengths_table(losses))
@@ -466,11 +449,13 @@ def report(groups, config, tuned=None, searched=None):
     if "tuned" in found:
         print(f"each at its own {searched['flag']}:")
         print_short(found["tuned"])
+    if climbed:
+        print_gains(found["ladder"])
     print(f"written: {out}/results.md, results.json, report.html, curves.png, curves.svg")
     return found
 
 
-def html_page(found, groups, tuned, config, unfinished):
+def html_page(found, groups, tuned, config, unfinished, climbed=None):
     """report.html: results.md, results.json and the pictures in one page."""
     tables = [("Results", *grid(found), notes_of(found, config.match, unfinished))]
     pictures = [("Curves", Path(config.out) / "curves.svg")]
@@ -480,11 +465,38 @@ def html_page(found, groups, tuned, config, unfinished):
         if "tuned" in found:
             notes = notes_of(found["tuned"], config.match, [])
             tables.append((f"Each at its own {flag}", *grid(found["tuned"]), notes))
-    runs = {name: list(runs) for name, runs in groups.items()}
-    for name, of in tuned.items():
-        known = {run.folder for run in runs.get(name, [])}
-        runs.setdefault(name, []).extend(run for run in of if run.folder not in known)
+    everything = [groups, tuned]
+    if climbed:
+        size = found["ladder"]["sizes"][-1]["n_embd"]
+        (_, *rest), *_ = tables
+        tables = [*ladder.tables(found["ladder"]), (f"At n_embd {size}", *rest)]
+        pictures.insert(0, ("Loss and gain against compute", Path(config.out) / "ladder.svg"))
+        everything = [only_finished(by)[0] for by in climbed.groups()]
+    runs = {}
+    for by in everything:
+        for name, of in by.items():
+            runs.setdefault(name, {}).update({run.folder: run for run in of})
+    runs = {name: list(of.values()) for name, of in runs.items()}
     return page(found, tables, runs, pictures)
+
+
+def ladder_text(found):
+    """results.md's part about a ladder: found is results.json's."""
+    parts = []
+    for i, (title, head, rows, notes) in enumerate(ladder.tables(found)):
+        lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+        parts += [f"## {title}", "\n".join(lines), *notes, *["![ladder](ladder.png)"] * (not i)]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def print_gains(found):
+    """A ladder's gains, for a terminal."""
+    for name, one in (found["curves"] or {}).items():
+        if one["equal_flops"]:
+            gains = ", ".join(ladder.gain_text(gain) for gain in one["equal_flops"]["gain"])
+            print(f"{name}: worth {gains} times the first's compute, {one['equal_flops']['trend']}")
+    if found["no_curves"]:
+        print(f"no gains: {found['no_curves']}")
 
 
 def tuned_text(found, match, missing):
@@ -525,12 +537,13 @@ def write(path, text):
 
 def print_short(found):
     """The table's main columns, for a terminal."""
-    print(f"{'config':<20}{'parameters':>13}{'val loss':>18}{'difference':>12}  verdict")
+    title = found["metric"].replace("_", " ")
+    print(f"{'config':<20}{'parameters':>13}{title:>18}{'difference':>12}  verdict")
     for name, row in found["configs"].items():
         diff = row["diff"]
         change = "" if diff["mean"] is None else f"{diff['mean']:+.4f}"
         says = "" if name == found["first"] else verdict(diff)
-        size, loss = row["parameters"], mean_and_sd(row["val_loss"])
+        size, loss = row["parameters"], mean_and_sd(row[found["metric"]])
         print(f"{name[:19]:<20}{size:>13,}{loss:>18}{change:>12}  {says}")
 
 
@@ -571,17 +584,18 @@ def main():
     if not config.trains:
         groups = {name_of(path): read_folders(path) for path in config.inputs}
         return check_required(report(groups, config), config.require)
-    study = Study(config, read_entries(config, flags))
+    climbs = ladder.Ladder(config, flags) if config.ladder else None
+    study = climbs or Study(config, read_entries(config, flags))
     if config.plan:
-        return show_plan(study)
+        return show_plan(config, study.plan())
     groups, tuned = study.do()
     failed = study.failed
     try:
-        found = report(groups, config, tuned, study.searched())
+        found = report(groups, config, tuned, study.searched(), climbs)
     except ValueError as error:
         raise ValueError(f"{error}; {failed[0]}" if failed else error) from None
     if failed:
-        total = len({job.folder for job in [*study.jobs(), *study.jobs(tuned=True)]})
+        total = len({job.folder for job in study.all_jobs()})
         raise ValueError(f"{len(failed)} of {total} runs failed; the first: {failed[0]}")
     check_required(found, config.require)
 

@@ -37,27 +37,29 @@ def bits_per_nat(groups):
     return ratios.pop() if len(ratios) == 1 else None
 
 
-def draw(groups, path):
-    """{name: Runs} -> curves of validation loss against tokens, FLOPs and seconds, and of HellaSwag
-    against tokens, means over seeds with their range; one picture per suffix of the path's."""
+def draw(groups, path, metric="val_loss"):
+    """{name: Runs} -> curves of the metric, val_loss or val_bpb, against tokens, FLOPs and seconds,
+    and of HellaSwag against tokens, means over seeds with their range; one picture per suffix of
+    the path's."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"drawing needs matplotlib: {PIP}") from None
     from matplotlib.figure import Figure
 
-    found = [name for name, runs in groups.items() if runs[0].curve("val_loss")[0]]
+    found = [name for name, runs in groups.items() if runs[0].curve(metric)[0]]
+    unit = "validation loss (nats)" if metric == "val_loss" else "validation: bits per byte"
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
     (tokens, flops), (seconds, score) = figure.subplots(2, 2)
     for name in found:
         runs, batch = groups[name], groups[name][0].config["total_batch_tokens"]
-        steps, _ = mean_curve(runs, "val_loss")
+        steps, _ = mean_curve(runs, metric)
         spent = np.mean([run.seconds(steps) for run in runs], axis=0)
         x = np.array(steps) * batch
-        plot(tokens, x / 1e6, runs, "val_loss", name)
-        plot(flops, x * flops_per_token(on_meta(runs[0].model_config)), runs, "val_loss", name)
-        plot(seconds, spent, runs, "val_loss", name)
+        plot(tokens, x / 1e6, runs, metric, name)
+        plot(flops, x * flops_per_token(on_meta(runs[0].model_config)), runs, metric, name)
+        plot(seconds, spent, runs, metric, name)
         steps, _ = mean_curve(runs, "hellaswag_acc_norm")
         plot(score, np.array(steps) * batch / 1e6, runs, "hellaswag_acc_norm", name)
         if len(groups) == 1:
@@ -67,13 +69,13 @@ def draw(groups, path):
         score.axhline(value, linestyle=":" if name == "chance" else "--", color="grey", lw=0.8)
         score.text(0.02, value, name, transform=score.get_yaxis_transform(), va="bottom", size=8)
     for axis, label in ((tokens, "million tokens"), (flops, "FLOPs"), (seconds, "seconds")):
-        axis.set(xlabel=label, ylabel="validation loss (nats)")
-        low = [min(mean_curve(groups[name], "val_loss")[1]) for name in found]
-        high = [mean_curve(groups[name], "val_loss")[1] for name in found]
+        axis.set(xlabel=label, ylabel=unit)
+        low = [min(mean_curve(groups[name], metric)[1]) for name in found]
+        high = [mean_curve(groups[name], metric)[1] for name in found]
         knee = max((values[len(values) // 4] for values in high), default=1)
         if low and knee > min(low):  # the first quarter falls too far to see the rest beside it
             axis.set_ylim(min(low) - 0.05 * (knee - min(low)), knee + 0.05 * (knee - min(low)))
-        if ratio := bits_per_nat(groups[name] for name in found):
+        if (ratio := bits_per_nat(groups[name] for name in found)) and metric == "val_loss":
             scale = (lambda loss: loss * ratio, lambda bits: bits / ratio)
             axis.secondary_yaxis("right", functions=scale).set_ylabel("bits per byte")
     score.set(xlabel="million tokens", ylabel="HellaSwag acc_norm")
@@ -114,6 +116,45 @@ def draw_searches(searched, path):
             axis.plot(one["best"], one["losses"][one["best"]], "o", color=line.get_color())
     axis.set(xscale="log", xlabel=searched["flag"], ylabel="validation loss (nats)")
     axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def draw_ladder(found, path):
+    """results.json's "ladder" -> loss against compute with the fitted curves, and the gain at equal
+    FLOPs against compute with its intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure, curves = Figure(figsize=(11, 4), layout="constrained"), found["curves"] or {}
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    tables = [size["results"] for size in found["sizes"]]
+    metric = tables[0]["metric"]
+    for i, name in enumerate(tables[0]["configs"]):
+        color = f"C{i % 10}"
+        rows = [table["configs"][name] for table in tables if name in table["configs"]]
+        compute = np.array([float(row["flops_per_token"] * row["tokens"]) for row in rows])
+        mean = np.array([row[metric]["mean"] for row in rows])
+        spread = [row[metric]["sd"] or 0.0 for row in rows]
+        left.errorbar(compute, mean, yerr=spread, fmt="o", ms=4, color=color, label=name)
+        if name in curves:
+            fit = {key: curves[name]["fit"][key]["mean"] for key in ("E", "A", "alpha")}
+            x = np.geomspace(compute.min(), compute.max(), 100)
+            left.plot(x, fit["E"] + fit["A"] * x ** -fit["alpha"], color=color, lw=1)
+        gains = (curves.get(name) or {}).get("equal_flops")
+        known = [one for one in gains["gain"] if one["mean"]] if gains else []
+        if known:
+            x, y = (np.array([one[key] for one in known]) for key in ("compute", "mean"))
+            x = x * 1.03 ** (i - len(tables[0]["configs"]) / 2)  # so that bars do not hide others
+            low = [one["ci95"][0] or one["mean"] for one in known]
+            high = [one["ci95"][1] or one["mean"] for one in known]
+            right.errorbar(x, y, yerr=(y - low, high - y), fmt="o-", ms=4, color=color, lw=1)
+    right.axhline(1, color="grey", lw=0.8, ls="--")
+    unit = "bits per byte" if metric == "val_bpb" else "validation loss (nats)"
+    left.set(xscale="log", xlabel="training FLOPs", ylabel=unit)
+    right.set(xscale="log", xlabel="training FLOPs", ylabel=f"times {tables[0]['first']}'s compute")
+    right.set_visible(bool(curves))
+    left.legend(fontsize=8)
     save(figure, path)
 
 

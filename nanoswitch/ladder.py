@@ -2,14 +2,29 @@
 
     L(C) = E + A C^-alpha                        (Hestness et al. 2017; Kaplan et al. 2020)
 
-Compute-equivalent gain of a row at its compute C: how many times C the first config needs for the
-row's loss, by the first one's fit. The noise is that of seeds: they are drawn anew with
-replacement, the same ones for all configs and sizes, and everything is fitted again (bootstrap,
-Efron 1979). n seeds show a variance too small by (n - 1) / n, which is made good; with three
-there are ten different draws, so that the intervals are rough.
+Compute-equivalent gain of a row: how many times its compute C the first config needs for the row's
+loss, by the first one's fit. At equal FLOPs, C is the row's own count; at equal tokens, that of the
+first at the same size, as if their tokens cost the same. The noise is that of seeds: they are drawn
+anew with replacement, the same ones for all configs and sizes, and everything is fitted again
+(bootstrap, Efron 1979). n seeds show a variance too small by (n - 1) / n, which is made good; with
+three there are ten different draws, so that the intervals are rough.
 """
 
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import numpy as np
+
+from model import GPTConfig
+from nanoswitch import cli
+from nanoswitch.counts import num_params
+from nanoswitch.progress import short
+from nanoswitch.study import Study, flat, model_of, name_of, read_entries
+from train_gpt2 import TrainConfig
+
+# ----------------------------------------------------------------------------- fits
 
 DRAWS = 1000
 ALPHAS = np.geomspace(0.01, 2.0, 40)
@@ -80,13 +95,16 @@ def finite(x):
 
 def ladder(losses, draws=DRAWS, seed=0):
     """{name: {compute: {seed: loss}}} with three sizes or more -> {name: {"fit": {"E", "A",
-    "alpha", each a "mean" and "ci95"}, "gain": [{"compute", "mean", "ci95"}], "trend"}}.
+    "alpha", each a "mean" and "ci95"}, "equal_flops", "equal_tokens", each {"gain": [{"compute",
+    "mean", "ci95"}], "trend"}}}.
 
     The first name's config is the reference. trend: grows, holds or shrinks, by the 95% interval of
     the slope of log gain over log compute. A gain without end is None."""
     sizes = {len(of) for of in losses.values()}
     if min(sizes) < 3:
         raise ValueError("a ladder needs three sizes of each config: with two any curve fits")
+    if len(sizes) > 1:
+        raise ValueError("the configs of a ladder have different numbers of sizes")
     seeds = sorted(set.intersection(*(set(of) for by in losses.values() for of in by.values())))
     if not seeds:
         raise ValueError("the sizes and configs of a ladder have no seed in common")
@@ -95,25 +113,32 @@ def ladder(losses, draws=DRAWS, seed=0):
         for name, by in losses.items()
     }
     means = redrawn(measured, seeds, draws, np.random.default_rng(seed))
-    reference = fit(measured[next(iter(losses))][0], means[next(iter(losses))])
-    found = {}
+    first = next(iter(losses))
+    reference, found = fit(measured[first][0], means[first]), {}
     for name, (compute, _) in measured.items():
         curve = fit(compute, means[name])
         numbers = {
             key: {"mean": float(curve[0, i]), "ci95": interval(curve[1:, i])[0]}
             for i, key in enumerate(("E", "A", "alpha"))
         }
-        gain, trend = None, None
-        if name != next(iter(losses)):
-            ratio = compute_for(means[name], reference) / compute  # (1 + draws, sizes)
-            bounds = interval(ratio[1:]) if len(seeds) > 1 else [[None, None]] * len(compute)
-            gain = [
-                {"compute": float(c), "mean": finite(g), "ci95": ci}
-                for c, g, ci in zip(compute, ratio[0], bounds, strict=True)
-            ]
-            trend = trend_of(compute, ratio) if len(seeds) > 1 else None
-        found[name] = {"fit": numbers, "gain": gain, "trend": trend}
+        found[name] = {"fit": numbers, "equal_flops": None, "equal_tokens": None}
+        if name != first:
+            needed = compute_for(means[name], reference)  # (1 + draws, sizes)
+            for way, spent in (("equal_flops", compute), ("equal_tokens", measured[first][0])):
+                found[name][way] = gains(compute, needed / spent, len(seeds) > 1)
     return found
+
+
+def gains(compute, ratio, noise):
+    """Gains (1 + draws, sizes), the observed first -> what ladder() says of them."""
+    bounds = interval(ratio[1:]) if noise else [[None, None]] * len(compute)
+    return {
+        "gain": [
+            {"compute": float(c), "mean": finite(g), "ci95": ci}
+            for c, g, ci in zip(compute, ratio[0], bounds, strict=True)
+        ],
+        "trend": trend_of(compute, ratio) if noise else None,
+    }
 
 
 def trend_of(compute, ratio):
@@ -122,3 +147,354 @@ def trend_of(compute, ratio):
     y = np.log(np.clip(ratio, 1e-9, 1e9))  # an endless gain still has a direction
     low, high = np.quantile((y[1:] @ x) / (x @ x), [0.025, 0.975])
     return "grows" if low > 0 else "shrinks" if high < 0 else "holds"
+
+
+# ----------------------------------------------------------------------------- runs
+
+RATES = ("lr", "muon_lr")  # what follows the width
+
+
+@dataclass
+class Rule:
+    """A ladder file: these keys, and flags of train_gpt2.py, which hold for every run unless its
+    config or the command line has them."""
+
+    widths: list
+    """n_embd of each size, from the smallest; three or more"""
+    width_per_layer: float = 32
+    """n_layer = n_embd / this"""
+    width_per_head: float = 32
+    """n_head = n_embd / this"""
+    tokens_per_parameter: float = 10.0
+    """tokens of a size's runs for each parameter of the first config there"""
+    warmup_frac: float = 0.02
+    """warm-up as a fraction of the steps"""
+    tune: str = "lr"
+    """the rate that each config searches at the smallest size, lr or muon_lr; "" = as it stands"""
+    rate_power: float = -0.5
+    """rates at width w: those of the smallest width v, times (w / v) to this power"""
+    flags: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        whole = isinstance(self.widths, list) and all(type(w) is int for w in self.widths)
+        if not whole or len(self.widths) < 3 or self.widths != sorted(set(self.widths)):
+            raise ValueError(f"widths is {self.widths}; give three or more, rising: [96, 128, 192]")
+        for name in ("width_per_layer", "width_per_head", "tokens_per_parameter"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for width in self.widths:
+            if width % self.width_per_head:
+                raise ValueError(
+                    f"widths has {width}, no multiple of width_per_head {self.width_per_head}"
+                )
+        if not 0 <= self.warmup_frac <= 1:
+            raise ValueError(f"warmup_frac is {self.warmup_frac}; it must be from 0 to 1")
+        if self.tune not in ("", *RATES):
+            raise ValueError(f"tune is '{self.tune}'; a ladder tunes {' or '.join(RATES)}, or ''")
+
+    def sizes(self, width):
+        layers = max(1, round(width / self.width_per_layer))
+        return {"n_layer": layers, "n_head": int(width / self.width_per_head), "n_embd": width}
+
+
+DECIDED = {"n_layer", "n_head", "n_embd", "max_steps", "warmup_steps"}  # by the rule
+
+
+def read_rule(path):
+    """A ladder file -> its Rule; one line for what is wrong with it."""
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read ladder {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from None
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(Rule) if f.name != "flags"}
+    flags = {f.name for c in (GPTConfig, TrainConfig) for f in dataclasses.fields(c)}
+    for name, value in table.items():
+        cli.check_name(f"{path}: {name}", name, kinds.keys() | flags)
+        check_free(f"{path}: {name}", name)
+        wanted = {float: (int, float), int: (int, float)}.get(kinds.get(name), kinds.get(name))
+        if name in kinds and name != "widths" and not isinstance(value, wanted):
+            raise ValueError(f"{path}: {name} is {value!r}; it must be of another type")
+        if name not in kinds and isinstance(value, list | dict):
+            raise ValueError(f"{path}: {name} must be one value")
+    if "widths" not in table:
+        raise ValueError(f"{path} has no widths, such as widths = [96, 128, 192]")
+    own = {name: value for name, value in table.items() if name in kinds}
+    text = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in table.items()}
+    try:
+        return Rule(**own, flags={k: v for k, v in text.items() if k not in kinds})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def check_free(origin, name):
+    if name in DECIDED:
+        raise ValueError(f"{origin} follows from the ladder's widths and tokens: leave it out")
+
+
+class Ladder:
+    """A Study at each size. Like one, the runs there must be follow from the command and the logs
+    alone: the same command goes on where another one stopped."""
+
+    def __init__(self, config, flags):
+        for flag in flags:
+            check_free(flag.partition("=")[0], flag[2:].partition("=")[0])
+        if config.plan:
+            config = dataclasses.replace(config, report_only=True)  # trains nothing
+        self.config, self.flags, self.rule = config, flags, read_rule(config.ladder)
+        if config.tune not in ("", *RATES):
+            raise ValueError(f"tune is {config.tune}; a ladder tunes {' or '.join(RATES)}")
+        self.tune = config.tune or self.rule.tune
+        self.studies = [self.study(width) for width in self.rule.widths]  # refuses what is wrong
+
+    def study(self, width, rates=None):
+        """The Study of a width. rates: {name: the smallest width's}, the configs' own without."""
+        config, rule = self.config, self.rule
+        base = [config.base] if config.base else []
+        factor, own, steps = (width / rule.widths[0]) ** rule.rate_power, {}, None
+        for path in config.inputs:
+            known = cli.given([*base, path, *self.flags], configs=True)
+            argv = {k: v for k, v in rule.flags.items() if k not in known} | rule.sizes(width)
+            found = flat([*base, path, *self.flags, *words(argv)])
+            if steps is None:  # from the first config on, so that all have the same tokens
+                tokens = rule.tokens_per_parameter * num_params(model_of(found))
+                steps = max(1, round(tokens / found["total_batch_tokens"]))
+            argv |= {"max_steps": steps, "warmup_steps": round(rule.warmup_frac * steps)}
+            if "eval_every" not in known | rule.flags:
+                argv["eval_every"] = -(-steps // 5)
+            own_rates = {key: found[key] for key in RATES} | (rates or {}).get(name_of(path), {})
+            argv |= {key: float(f"{rate * factor:.3g}") for key, rate in own_rates.items()}
+            own[path] = words(argv)
+        out = str(Path(config.out) / f"n_embd_{width}")
+        config = dataclasses.replace(config, out=out, tune=self.tune, ladder="")
+        return Study(config, read_entries(config, self.flags, own))
+
+    @property
+    def failed(self):
+        return [line for study in self.studies for line in study.failed]
+
+    def climb(self):
+        """The searches at the smallest size, the rates of the others by the rule, and its check at
+        the next."""
+        if not self.tune:
+            return
+        smallest, *larger = self.studies
+        smallest.search()
+        if not smallest.tuned:
+            return
+        rates = {
+            name: {key: entry.flags[key] for key in RATES}
+            for name, (entry, _) in smallest.tuned.items()
+        }
+        larger = [self.study(width, rates) for width in self.rule.widths[1:]]
+        self.studies = [smallest, *larger]
+        larger[0].search()
+
+    def all_jobs(self):
+        return self.jobs()
+
+    @property
+    def ready(self):
+        return not self.tune or bool(self.studies[0].tuned)
+
+    def jobs(self):
+        """From the smallest size on."""
+        first, *larger = self.studies
+        found = first.jobs(tuned=bool(self.tune))
+        return found + [job for study in larger for job in study.jobs()]
+
+    def do(self):
+        """Train all that is missing -> the groups of the largest size that the first config has
+        finished, and {}."""
+        self.climb()
+        if not self.ready:
+            failed = self.failed
+            raise ValueError(
+                failed[0]
+                if failed
+                else f"the searches in {self.studies[0].out}/tune are not "
+                "finished: run the same command without --report_only"
+            )
+        self.studies[0].train(self.jobs())
+        return self.groups()[self.top()], {}
+
+    def groups(self):
+        """[{name: Runs that have begun}] of each size."""
+        first, *larger = self.studies
+        return [first.groups(tuned=bool(self.tune)), *(study.groups() for study in larger)]
+
+    def top(self):
+        """The place of the largest size that the first config has finished."""
+        first = self.studies[0].entries[0].name
+        done = [any(run.finished for run in groups[first]) for groups in self.groups()]
+        return max((i for i, is_done in enumerate(done) if is_done), default=0)
+
+    def plan(self):
+        """What show_plan() asks: [(title, Study, runs and trials of each config)]."""
+        self.climb()
+        trials = [3 * bool(self.tune)] * 2 + [0] * (len(self.studies) - 2)
+        return [
+            (f"n_embd {width}", study, self.config.seeds, tries)
+            for width, study, tries in zip(self.rule.widths, self.studies, trials, strict=True)
+        ]
+
+    def searched(self):
+        return None  # its own part of the report says it
+
+    def found(self, results):
+        """For results.json. results: the function that makes its dict of {name: finished Runs}."""
+        sizes, losses, lagging = [], {}, []
+        groups = self.groups()[: self.top() + 1]
+        first = self.studies[0].entries[0].name
+        for name in groups[0]:
+            if not all(any(run.finished for run in by[name]) for by in groups):
+                lagging.append(name)
+        for width, by in zip(self.rule.widths, groups, strict=False):
+            done = {n: [run for run in runs if run.finished] for n, runs in by.items()}
+            done = {name: runs for name, runs in done.items() if runs}
+            if first in done:
+                found = results(done)
+                sizes.append(self.rule.sizes(width) | {"results": found})
+            for name, runs in done.items():
+                row = found["configs"][name]
+                compute = float(row["flops_per_token"] * row["tokens"])
+                if name not in lagging:
+                    final = {run.seed: run.last(found["metric"]) for run in runs}
+                    losses.setdefault(name, {})[compute] = final
+        why, curves = None, None
+        try:
+            curves = ladder(losses)
+        except ValueError as error:
+            why = str(error)
+        check = None
+        if self.tune:
+            check = self.check()
+        return {
+            "rule": dataclasses.asdict(self.rule) | {"tune": self.tune}, "sizes": sizes,
+            "curves": curves, "no_curves": why, "lagging": lagging,
+            "search": self.studies[0].searched(), "check": check,
+        }  # fmt: skip
+
+    def check(self):
+        """{name: how far the rule's rate at the second size is from the best one there}."""
+        found = {}
+        for name, one in self.studies[1].searches.items():
+            one = one.result()
+            best, losses = one["best"], one["losses"]
+            known = best is not None and None not in (losses[best], losses[one["base"]])
+            found[name] = {
+                "rule": one["base"], "best": best, "inside": one["inside"],
+                "lost": losses[one["base"]] - losses[best] if known else None,
+            }  # fmt: skip
+        return found
+
+
+def words(flags):
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+# ----------------------------------------------------------------------------- tables
+
+
+def gain_text(one):
+    """{"mean", "ci95"} of a gain -> text; a gain without end: no compute is enough."""
+    if one is None:
+        return "-"
+    low, high = one["ci95"]
+    text = "no end" if one["mean"] is None else f"{one['mean']:.2f}"
+    if low is None and high is None:
+        return text
+    return f"{text} [{'no end' if low is None else f'{low:.2f}'}, " + (
+        "no end]" if high is None else f"{high:.2f}]"
+    )
+
+
+def tables(found):
+    """found()'s dict -> [(title, head, rows, notes)]: every size, the trends, the rates."""
+    curves, sizes, rule = found["curves"] or {}, found["sizes"], found["rule"]
+    metric = sizes[0]["results"]["metric"]
+    unit = "bits per byte" if metric == "val_bpb" else "validation loss"
+    head = ["config", "n_embd", "parameters", "tokens", "FLOPs", "lr", unit, "difference",
+            "verdict", "gain at equal FLOPs", "gain at equal tokens"]  # fmt: skip
+    rows = []
+    for i, size in enumerate(sizes):
+        for name, row in size["results"]["configs"].items():
+            one, diff = curves.get(name) or {}, row["diff"]
+            ways = [one.get(way) for way in ("equal_flops", "equal_tokens")]
+            spread = row[metric]["sd"]
+            is_first = name == size["results"]["first"]
+            change = "-" if diff["mean"] is None else f"{diff['mean']:+.4f}"
+            says = "one seed" if diff["n"] == 1 else diff["verdict"] or "-"
+            rows.append([
+                name, str(size["n_embd"]), f"{row['parameters']:,}", short(row["tokens"]),
+                f"{row['flops_per_token'] * row['tokens']:.2e}", f"{row['lr']:g}",
+                f"{row[metric]['mean']:.4f}" + (f" ± {spread:.4f}" if spread is not None else ""),
+                *(["-"] * 2 if is_first else [change, says]),
+                *(gain_text(way["gain"][i]) if way else "-" for way in ways),
+            ])  # fmt: skip
+    first = sizes[0]["results"]["first"]
+    notes = [
+        f"One rule for all sizes: n_layer = n_embd / {rule['width_per_layer']:g}, n_head = n_embd /"
+        f" {rule['width_per_head']:g}, {rule['tokens_per_parameter']:g} tokens for each of "
+        f"{first}'s parameters, rates with n_embd to the power {rule['rate_power']:g}. The gain is "
+        f"how many times the compute {first} needs for the same loss, by its fit E + A C^-alpha: at"
+        " equal FLOPs of the row's own count, at equal tokens of the first's. Intervals hold the "
+        "noise of seeds, drawn anew, and not that of the curve's form; a gain beyond the largest "
+        "size is extrapolated.",
+        "Verdicts are those of each size's own table.",
+    ]
+    if found["no_curves"]:
+        notes.append(f"No gains: {found['no_curves']}.")
+    if found["lagging"]:
+        notes.append(f"Not finished at every size, so without a gain: {listed(found['lagging'])}.")
+    made = [("The ladder", head, rows, notes)]
+    if curves:
+        made.append(trends(curves))
+    if found["search"]:
+        made.append(rates(found))
+    return made
+
+
+def trends(curves):
+    head = ["config", "gain at equal FLOPs", "gain at equal tokens", "E", "alpha"]
+    rows = []
+    for name, one in curves.items():
+        ways = [one[way] and one[way]["trend"] for way in ("equal_flops", "equal_tokens")]
+        numbers = [one["fit"][key] for key in ("E", "alpha")]
+        rows.append([name, *(way or "-" for way in ways), *map(gain_text, numbers)])
+    note = (
+        "What the gain does as compute grows: it grows or shrinks where the 95% interval of its "
+        "slope says so, else it holds as far as these seeds can tell."
+    )
+    return "Does it last?", head, rows, [note]
+
+
+def rates(found):
+    """How the rates were found, and how the rule did at the second size."""
+    search, check = found["search"], found["check"]
+    flag, (small, next_size, *_) = search["flag"], found["rule"]["widths"]
+    head = ["config", f"best {flag} at {small}", f"by the rule at {next_size}",
+            f"best at {next_size}", "lost by the rule", "check"]  # fmt: skip
+    rows = []
+    for name, one in search["configs"].items():
+        seen = check.get(name)
+        best = "-" if one["best"] is None else f"{one['best']:g}"
+        if not seen or seen["best"] is None:
+            rows.append([name, best, "-", "-", "-", "not finished"])
+            continue
+        factor = seen["best"] / seen["rule"]
+        says = "holds" if 0.7 < factor < 1.42 else f"off by {factor:.2g}"
+        lost = "-" if seen["lost"] is None else f"{seen['lost']:.4f}"
+        rows.append([name, best, f"{seen['rule']:g}", f"{seen['best']:g}", lost, says])
+    note = (
+        f"Searches with seed {search['seed']} on {search['frac']:g} of the steps, in factors of "
+        f"sqrt 2, widened until the best is inside. All runs take the rule's rate: where the best "
+        f"at {next_size} is more than one factor away, the gains of larger sizes are those of a "
+        f"wrong rate, and rate_power should change."
+    )
+    return f"{flag} by the rule", head, rows, [note]
+
+
+def listed(names):
+    return ", ".join(names)

@@ -77,9 +77,9 @@ def grid(head, rows):
     )
 
 
-def points(configs):
+def points(configs, metric="val_loss"):
     """Each seed's final loss as a point, one line a config, its mean as a stroke: an SVG."""
-    losses = {name: row["val_loss"]["seeds"] for name, row in configs.items()}
+    losses = {name: row[metric]["seeds"] for name, row in configs.items()}
     every = [loss for of in losses.values() for loss in of]
     low, high, left, width = min(every), max(every), 150, 700
     span = (high - low) or 1.0
@@ -94,7 +94,7 @@ def points(configs):
         for seed, loss in zip(configs[name]["seeds"], of, strict=True):
             title = f"<title>seed {seed}: {loss:.4f}</title>"
             parts.append(f'<circle cx="{x(loss)}" cy="{y}" r="5">{title}</circle>')
-        mean = x(configs[name]["val_loss"]["mean"])
+        mean = x(configs[name][metric]["mean"])
         parts.append(f'<line x1="{mean}" x2="{mean}" y1="{y - 9}" y2="{y + 9}"/>')
     bottom = 20 + 24 * len(losses)
     parts.append(f'<line x1="{left}" x2="{width}" y1="{bottom}" y2="{bottom}"/>')
@@ -154,11 +154,13 @@ def page(found, tables, groups, pictures):
     for heading, head, rows, notes in tables:
         parts.append(f"<h2>{html.escape(heading)}</h2>{grid(head, rows)}")
         parts += [f"<p>{html.escape(note)}</p>" for note in notes]
-    parts.append(f"<h2>Every seed's validation loss</h2>{points(found['configs'])}")
+    metric = found["metric"]
+    unit = "bits per byte" if metric == "val_bpb" else "validation loss"
+    parts.append(f"<h2>Every seed's {unit}</h2>{points(found['configs'], metric)}")
     if "tuned" in found:
         flag = html.escape(found["search"]["flag"])
         parts.append(f"<h2>The same, each at its own {flag}</h2>")
-        parts.append(points(found["tuned"]["configs"]))
+        parts.append(points(found["tuned"]["configs"], metric))
     for heading, path in pictures:
         if drawn := picture(path):
             parts.append(f"<h2>{html.escape(heading)}</h2>{drawn}")

@@ -13,6 +13,7 @@ import torch
 
 from model import GPTConfig
 from nanoswitch import stats, surgery, tune
+from nanoswitch.cards import named_card
 from nanoswitch.counts import flops_per_token, num_params, on_meta
 from nanoswitch.device import matrix_rate, pick_device, pick_dtype
 from nanoswitch.progress import clock, short
@@ -67,12 +68,13 @@ def flat(argv):
     return dataclasses.asdict(model) | dataclasses.asdict(train)
 
 
-def read_entries(config, flags):
-    """-> [Entry] of the inputs, in their order; ValueError for what would not be fair."""
+def read_entries(config, flags, own=None):
+    """-> [Entry] of the inputs, in their order; ValueError for what would not be fair. own: {input:
+    arguments of its own}, which win over the flags of all."""
     base = [config.base] if config.base else []
     entries, matched = [], None
     for path in config.inputs:
-        argv = [*base, path, *flags]
+        argv = [*base, path, *flags, *(own or {}).get(path, [])]
         if config.match == "params" and matched:
             argv.append(f"--mlp_hidden={match_parameters(path, argv, matched)}")
         entries.append(Entry(name_of(path), argv, flat(argv)))
@@ -138,6 +140,9 @@ class Study:
             for name, (entry, folder) in self.places(tuned).items() for seed in self.seeds[name]
         ]  # fmt: skip
         return sorted(jobs, key=lambda job: job.config["seed"])
+
+    def all_jobs(self):
+        return [*self.jobs(), *self.jobs(tuned=True)]
 
     def groups(self, tuned=False):
         """{name: Runs that have begun}, in the order of the inputs."""
@@ -219,6 +224,11 @@ class Study:
             self.resolve()
         return self.groups(), self.groups(tuned=True) if self.tuned else {}
 
+    def plan(self):
+        """What show_plan() asks: [(title, Study, full runs and trials of each config)]."""
+        return [("", self, self.config.seeds * (1 + bool(self.config.tune)),
+                 3 * bool(self.config.tune))]  # fmt: skip
+
     def searched(self):
         """What results.json says of the searches."""
         if not self.searches:
@@ -256,49 +266,82 @@ def typical_sd(parameters):
     return 0.01 * (parameters / 1e6) ** (math.log(0.13) / math.log(124))
 
 
-def show_plan(study):
-    """Print what a comparison will take, and what it can show."""
-    config, entries = study.config, study.entries
-    trials = 3 if config.tune else 0  # or more
-    runs = tokens = flops = 0
-    for entry in entries:
-        full = steps_of(entry.flags) * entry.flags["total_batch_tokens"]
-        times = config.seeds * (1 + bool(config.tune)) + trials * config.tune_frac
-        model = on_meta(model_of(entry.flags))
-        runs += config.seeds * (1 + bool(config.tune)) + trials
-        tokens += times * full
-        flops += times * full * flops_per_token(model)
-    device = pick_device(entries[0].flags["device"])
-    rate = matrix_rate(device, pick_dtype(entries[0].flags["dtype"], device))
-    rate *= max(1, torch.cuda.device_count())
-    done = sum(job.done() for job in study.jobs())
-    print(f"runs      {runs} or more" if config.tune else f"runs      {runs}", end="")
-    print(f", {done} of them finished" if done else "")
-    print(f"tokens    {short(tokens)}")
+def show_plan(config, parts):
+    """Print what a comparison will take, and what it can show. parts: [(title, Study, full runs and
+    trials of each config)]."""
+    device = parts[0][1].entries[0].flags["device"]
+    dtype = parts[0][1].entries[0].flags["dtype"]
+    rate, source = flop_rate(device, dtype)
+    all_runs = all_tokens = all_flops = done = 0
+    for title, study, times, trials in parts:
+        runs = tokens = flops = 0
+        for entry in study.entries:
+            full = steps_of(entry.flags) * entry.flags["total_batch_tokens"]
+            spent = (times + trials * config.tune_frac) * full
+            runs, tokens = runs + times + trials, tokens + spent
+            flops += spent * flops_per_token(on_meta(model_of(entry.flags)))
+        done += sum(job.done() for job in study.jobs(tuned=bool(study.tuned)))
+        all_runs, all_tokens, all_flops = all_runs + runs, all_tokens + tokens, all_flops + flops
+        if title:
+            size = num_params(model_of(study.entries[0].flags))
+            print(
+                f"{title}: {short(size)} parameters, {runs} runs of {short(full)} tokens"
+                f"{epochs(study.entries[0].flags, full)}, {clock(flops / rate)} or more, "
+                f"resolves {resolved(config, study)[0]}"
+            )
+    more = " or more" if any(trials for *_, trials in parts) else ""
+    print(f"runs      {all_runs}{more}" + (f", {done} of them finished" if done else ""))
+    print(f"tokens    {short(all_tokens)}")
     print(
-        f"time      {clock(flops / rate)} or more: computed, {flops:.3g} FLOPs at the "
-        f"{rate / 1e12:.2f} TFLOP/s of large products here"
+        f"time      {clock(all_flops / rate)} or more: computed, {all_flops:.3g} FLOPs at the "
+        f"{rate / 1e12:.2f} TFLOP/s of {source}"
     )
-    rows, source = len(entries) - 1, "stated"
-    sd = config.sd
-    if not sd:
-        losses = {name: of for name, of in final_losses(study.groups()).items() if of}
-        sd, source = stats.against_first(losses)["sd"] if len(losses) > 1 else None, "of these runs"
-    if not sd:
-        size = num_params(model_of(entries[0].flags))
-        sd, source = typical_sd(size), f"typical of {short(size)} parameters"
-    if rows and config.seeds > 1:
-        effect = stats.planned_effect(sd, rows, config.seeds, config.noise == "pooled")
-        print(
-            f"resolves  {effect:.4f} nats in 8 cases of 10: {rows} rows, {config.seeds} seeds, a "
-            f"spread of {sd:.4f} nats over seeds ({source})"
-        )
-    else:
-        print("resolves  nothing: it takes two configs and two seeds to tell noise from effect")
+    study = parts[-1][1]
+    effect, how, sd = resolved(config, study)
+    print(f"resolves  {effect}{how}")
+    rows = len(study.entries) - 1
     if config.resolve and rows:
         pooled = config.noise == "pooled"
         n = stats.seeds_for(config.resolve, math.sqrt(2) * sd, rows, pooled)
         print(f"          intervals narrower than {config.resolve:g} nats: about {n} seeds")
+
+
+def flop_rate(device, dtype):
+    """FLOP/s of a --device, and where the number is from."""
+    if card := named_card(device):
+        return card.flops, f"one {device}, its data sheet"
+    device = pick_device(device)
+    rate = matrix_rate(device, pick_dtype(dtype, device))
+    return rate * max(1, torch.cuda.device_count()), "large products here"
+
+
+def epochs(flags, tokens):
+    """ ", 2.1 epochs" where a run passes over its data more than once."""
+    with contextlib.suppress(ValueError):  # the data may be elsewhere
+        there = sum(map(len, load_shards(flags["data_dir"], "train")))
+        if tokens > there:
+            return f", {tokens / there:.1f} epochs of {flags['data_dir']}"
+    return ""
+
+
+def resolved(config, study):
+    """-> the least effect that a Study's seeds can show, why, and the spread that it rests on."""
+    rows, sd, source = len(study.entries) - 1, config.sd, "stated"
+    if not sd:
+        losses = final_losses(study.groups(tuned=bool(study.tuned)))
+        losses = {name: of for name, of in losses.items() if of}
+        sd, source = stats.against_first(losses)["sd"] if len(losses) > 1 else None, "of these runs"
+    if not sd:
+        size = num_params(model_of(study.entries[0].flags))
+        sd, source = typical_sd(size), f"typical of {short(size)} parameters"
+    if not rows or config.seeds < 2:
+        return "nothing", ": it takes two configs and two seeds to tell noise from effect", sd
+    effect = stats.planned_effect(sd, rows, config.seeds, config.noise == "pooled")
+    how = (
+        f" in 8 cases of 10: {rows} rows, {config.seeds} seeds, a spread of {sd:.4f} nats over "
+        f"seeds ({source})"
+    )
+    return f"{effect:.4f} nats", how, sd
 
 
 def model_of(flags):

@@ -12,7 +12,9 @@ from nanoswitch import cli
 from train_gpt2 import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FILES, EXPERIMENTS = sorted(CONFIGS.glob("*.toml")), sorted(CONFIGS.glob("experiments/*.toml"))
+LADDERS = sorted(CONFIGS.glob("ladder*.toml"))
+FILES = sorted(set(CONFIGS.glob("*.toml")) - set(LADDERS))
+EXPERIMENTS = sorted(CONFIGS.glob("experiments/*.toml"))
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 

@@ -50,14 +50,18 @@ def test_neither_part_of_a_curve_is_negative():
 def test_a_known_gain_is_found_at_every_size(gain):
     losses = {"first": made(lambda c: 1), "row": made(lambda c: gain)}
     row = ladder.ladder(losses, draws=20)["row"]
-    assert [one["mean"] for one in row["gain"]] == pytest.approx([gain] * 4, rel=1e-3)
-    assert [one["compute"] for one in row["gain"]] == list(COMPUTE)
+    for way in ("equal_flops", "equal_tokens"):
+        found = row[way]["gain"]
+        assert [one["mean"] for one in found] == pytest.approx([gain] * 4, rel=1e-3)
+        assert [one["compute"] for one in found] == list(COMPUTE)
 
 
 def test_a_gain_holds_for_computes_that_are_not_the_firsts():
     losses = {"first": made(lambda c: 1), "row": made(lambda c: 2, compute=COMPUTE * 1.3)}
     row = ladder.ladder(losses, draws=20)["row"]
-    assert [one["mean"] for one in row["gain"]] == pytest.approx([2] * 4, rel=1e-3)
+    assert [one["mean"] for one in row["equal_flops"]["gain"]] == pytest.approx([2] * 4, rel=1e-3)
+    tokens = row["equal_tokens"]["gain"]  # 1.3 times the FLOPs a token are not counted
+    assert [one["mean"] for one in tokens] == pytest.approx([2.6] * 4, rel=1e-3)
 
 
 @pytest.mark.parametrize("power, word", [(0.2, "grows"), (-0.2, "shrinks"), (0.0, "holds")])
@@ -67,7 +71,7 @@ def test_the_trend_of_a_gain(power, word):
         "first": made(lambda c: 1, 0.002, 5, rng),
         "row": made(lambda c: 1.5 * (c / 1e13) ** power, 0.002, 5, rng),
     }
-    assert ladder.ladder(losses)["row"]["trend"] == word
+    assert ladder.ladder(losses)["row"]["equal_flops"]["trend"] == word
 
 
 def test_intervals_hold_the_true_gain_about_as_often_as_they_say():
@@ -76,7 +80,7 @@ def test_intervals_hold_the_true_gain_about_as_often_as_they_say():
         losses = {
             "first": made(lambda c: 1, 0.01, 6, rng), "row": made(lambda c: 1.3, 0.01, 6, rng)
         }  # fmt: skip
-        low, high = ladder.ladder(losses, draws=100)["row"]["gain"][2]["ci95"]
+        low, high = ladder.ladder(losses, draws=100)["row"]["equal_flops"]["gain"][2]["ci95"]
         inside += (low or 0) <= 1.3 <= (high or np.inf)
     assert 0.83 < inside / tables < 1  # 95%, less what six seeds cannot show
 
@@ -88,14 +92,14 @@ def test_a_seed_that_lowers_all_alike_is_no_noise():
         name: {c: {s: loss_at(c * g) + luck[s] for s in range(4)} for c in COMPUTE}
         for name, g in (("first", 1), ("same", 1))
     }
-    for one in ladder.ladder(losses, draws=100)["same"]["gain"]:
+    for one in ladder.ladder(losses, draws=100)["same"]["equal_flops"]["gain"]:
         assert one["ci95"] == pytest.approx([1, 1], rel=1e-3)
 
 
 def test_what_no_compute_reaches_is_none_and_json():
     losses = {"first": made(lambda c: 1), "row": {c: {0: 1.0, 1: 1.0, 2: 1.0} for c in COMPUTE}}
     found = ladder.ladder(losses, draws=20)
-    assert [one["mean"] for one in found["row"]["gain"]] == [None] * 4
+    assert [one["mean"] for one in found["row"]["equal_flops"]["gain"]] == [None] * 4
     json.dumps(found, allow_nan=False)
 
 

@@ -39,7 +39,7 @@ from nanoswitch.lengths import lengths_table, score_lengths
 from nanoswitch.log import read_run
 from nanoswitch.progress import clock, short
 from nanoswitch.report import page
-from nanoswitch.study import MUST_AGREE, Study, check_fair, name_of, read_entries, show_plan
+from nanoswitch.study import MUST_AGREE, Study, check_fair, merge, name_of, read_entries, show_plan
 from nanoswitch.sweep import INCIDENTAL
 from train_gpt2 import TrainConfig
 
@@ -81,6 +81,9 @@ class CompareConfig:
     ladder: str = ""
     """a file of sizes, such as configs/ladder.toml: train every config at each of them, fit loss
     against compute and say how much compute a config is worth, and whether that lasts"""
+    merge: str = ""
+    """take the finished runs of another machine's --out folder first, copied to here; several with
+    commas between"""
     sd: float = 0.0
     """--plan's spread of one config over seeds in nats; 0 = that of finished runs, else typical"""
     report_only: bool = False
@@ -149,6 +152,12 @@ def check_runs(groups):
         if len({run.seed for run in runs}) < len(runs):
             raise ValueError(f"{name} has two runs with the same seed: move one elsewhere")
         for run in runs[1:]:
+            if (
+                len(kinds := {of.start["dtype"] for of in (run, runs[0]) if "dtype" in of.start})
+                > 1
+            ):
+                listed = " and in ".join(sorted(kinds))
+                raise ValueError(f"{name} has runs in {listed}: they are no seeds of one config")
             for key in sorted({*run.config, *runs[0].config} - INCIDENTAL - {"seed"}):
                 if run.config.get(key) != runs[0].config.get(key):
                     raise ValueError(
@@ -163,6 +172,12 @@ def check_runs(groups):
 def mean_sd(values):
     spread = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "sd": spread, "seeds": values}
+
+
+VERSIONS = {  # of a Run: what may have changed the numbers between two sittings or machines
+    "torch": lambda run: run.start.get("versions", {}).get("torch", "").partition("+")[0],
+    "commit": lambda run: run.start.get("git"),
+}
 
 
 def metric_of(groups):
@@ -237,9 +252,12 @@ def results(groups, margin=0.0, wanted=0.0, pool=True):
         row["reaches_first"] = reaches(runs, configs[first][metric]["mean"], metric)
         mine, theirs = (about(group[0]) for group in (runs, groups[first]))
         row["differs_in"] = {k: v for k, v in sorted(mine.items()) if v != theirs.get(k)}
+    runs = [run for of in groups.values() for run in of]
+    code = {key: sorted(set(filter(None, map(of, runs)))) for key, of in VERSIONS.items()}
     asked = {"level": stats.LEVEL, "power": stats.POWER, "margin": margin, "wanted": wanted}
     noise = {key: found[key] for key in ("method", "sd", "df")}
-    return {"configs": configs, "first": first, "metric": metric, "statistics": noise | asked}
+    return {"configs": configs, "first": first, "metric": metric, "statistics": noise | asked,
+            "versions": code}  # fmt: skip
 
 
 def about(run):
@@ -313,6 +331,9 @@ def notes_of(found, match, unfinished):
     ]  # fmt: skip
     if alone:
         notes.append(f"No seed in common with {first}, so no difference: {', '.join(alone)}.")
+    for what, several in found["versions"].items():
+        if len(several) > 1:
+            notes.append(f"Runs of more than one {what}: {', '.join(several)}.")
     if unfinished:
         notes.append(f"Not finished, so left out: {', '.join(unfinished)}.")
     return notes
@@ -427,7 +448,7 @@ def report(groups, config, tuned=None, searched=None, climbed=None):
             if one["equal_flops"] and name in found["configs"]:
                 gain = one["equal_flops"]["gain"][-1]
                 found["configs"][name]["compute_gain"] = {k: gain[k] for k in ("mean", "ci95")}
-        text += ladder_text(found["ladder"])
+        text += ladder.text(found["ladder"])
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         write(out / "results.md", text)
@@ -450,7 +471,7 @@ def report(groups, config, tuned=None, searched=None, climbed=None):
         print(f"each at its own {searched['flag']}:")
         print_short(found["tuned"])
     if climbed:
-        print_gains(found["ladder"])
+        print("\n".join(ladder.gain_lines(found["ladder"])))
     print(f"written: {out}/results.md, results.json, report.html, curves.png, curves.svg")
     return found
 
@@ -478,25 +499,6 @@ def html_page(found, groups, tuned, config, unfinished, climbed=None):
             runs.setdefault(name, {}).update({run.folder: run for run in of})
     runs = {name: list(of.values()) for name, of in runs.items()}
     return page(found, tables, runs, pictures)
-
-
-def ladder_text(found):
-    """results.md's part about a ladder: found is results.json's."""
-    parts = []
-    for i, (title, head, rows, notes) in enumerate(ladder.tables(found)):
-        lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-        parts += [f"## {title}", "\n".join(lines), *notes, *["![ladder](ladder.png)"] * (not i)]
-    return "\n" + "\n\n".join(parts) + "\n"
-
-
-def print_gains(found):
-    """A ladder's gains, for a terminal."""
-    for name, one in (found["curves"] or {}).items():
-        if one["equal_flops"]:
-            gains = ", ".join(ladder.gain_text(gain) for gain in one["equal_flops"]["gain"])
-            print(f"{name}: worth {gains} times the first's compute, {one['equal_flops']['trend']}")
-    if found["no_curves"]:
-        print(f"no gains: {found['no_curves']}")
 
 
 def tuned_text(found, match, missing):
@@ -588,6 +590,9 @@ def main():
     study = climbs or Study(config, read_entries(config, flags))
     if config.plan:
         return show_plan(config, study.plan())
+    for other in filter(None, config.merge.split(",")):
+        taken = merge(config.out, other, study.entries)
+        print(f"{other}: {taken} runs taken, others are here or not finished")
     groups, tuned = study.do()
     failed = study.failed
     try:

@@ -271,6 +271,10 @@ class Ladder:
         return Study(config, read_entries(config, self.flags, own))
 
     @property
+    def entries(self):
+        return self.studies[0].entries
+
+    @property
     def failed(self):
         return [line for study in self.studies for line in study.failed]
 
@@ -447,7 +451,9 @@ def tables(found):
     if found["no_curves"]:
         notes.append(f"No gains: {found['no_curves']}.")
     if found["lagging"]:
-        notes.append(f"Not finished at every size, so without a gain: {listed(found['lagging'])}.")
+        notes.append(
+            f"Not finished at every size, so without a gain: {', '.join(found['lagging'])}."
+        )
     made = [("The ladder", head, rows, notes)]
     if curves:
         made.append(trends(curves))
@@ -496,5 +502,22 @@ def rates(found):
     return f"{flag} by the rule", head, rows, [note]
 
 
-def listed(names):
-    return ", ".join(names)
+def text(found):
+    """results.md's part about a ladder."""
+    parts = []
+    for title, head, rows, notes in tables(found):
+        lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+        parts += [f"## {title}", "\n".join(lines), *notes]
+    return "\n" + "\n\n".join([*parts, "![ladder](ladder.png)"]) + "\n"
+
+
+def gain_lines(found):
+    """The gains, for a terminal."""
+    lines = [f"no gains: {found['no_curves']}"] * bool(found["no_curves"])
+    for name, one in (found["curves"] or {}).items():
+        if way := one["equal_flops"]:
+            gains = ", ".join(map(gain_text, way["gain"]))
+            lines.append(
+                f"{name} is worth {gains} times the first's compute: {way['trend'] or '-'}"
+            )
+    return lines

@@ -3,10 +3,13 @@ seeds that are added until they tell; and, before any of it, what that costs."""
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import io
 import math
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,11 +19,15 @@ from nanoswitch import stats, surgery, tune
 from nanoswitch.cards import named_card
 from nanoswitch.counts import flops_per_token, num_params, on_meta
 from nanoswitch.device import matrix_rate, pick_device, pick_dtype
+from nanoswitch.log import read_run
 from nanoswitch.progress import clock, short
 from nanoswitch.shards import load_shards
-from nanoswitch.sweep import Job, sweep
+from nanoswitch.sweep import Job, check_seen, sweep
+from nanoswitch.tokenizer import N_VOCAB
+from nanoswitch.windows import Windows
 from train_gpt2 import TrainConfig, read_flags
 
+SPLITS = ("train", "val")
 MUST_AGREE = ("block_size", "vocab_used", "val_tokens", "hellaswag_limit", "overfit_single_batch")
 
 
@@ -50,14 +57,15 @@ class Entry:
     name: str
     argv: list
     flags: dict
+    seen: dict = field(default_factory=dict)  # what the log of a run would say of this machine
 
     def job(self, folder, seed, **changes):
         """The run of a seed in a folder, with other flags changed."""
         own = {"seed": seed, "run_dir": str(folder)} | changes
         argv = [*self.argv, *(f"--{name}={value}" for name, value in own.items())]
         if not changes:
-            return Job(self.name, folder, argv, self.flags | own)
-        return Job(self.name, folder, argv, flat(argv))
+            return Job(self.name, folder, argv, self.flags | own, seen=self.seen)
+        return Job(self.name, folder, argv, flat(argv), seen=self.seen)
 
 
 def flat(argv):
@@ -112,6 +120,8 @@ class Study:
     def __init__(self, config, entries):
         self.config, self.entries, self.failed = config, entries, []
         self.out, self.first_seed = Path(config.out), entries[0].flags["seed"]
+        for entry in entries if not config.report_only and not config.plan else ():
+            entry.seen = seen_here(entry.flags)
         start, names = self.first_seed, [entry.name for entry in entries]
         self.seeds = {name: list(range(start, start + config.seeds)) for name in names}
         self.searches, self.tuned = {}, {}  # {name: Search}, {name: (Entry, folder)} once known
@@ -166,7 +176,8 @@ class Study:
             value, folder = own[entry.name], self.out / "runs" / entry.name
             if value != entry.flags[flag]:  # else those runs are the same
                 argv = [*entry.argv, f"--{flag}={value}"]
-                entry, folder = Entry(entry.name, argv, flat(argv)), self.out / "tuned" / entry.name
+                entry = Entry(entry.name, argv, flat(argv), entry.seen)
+                folder = self.out / "tuned" / entry.name
             self.tuned[entry.name] = entry, folder
 
     def trial(self, entry):
@@ -238,6 +249,48 @@ class Study:
             "flag": self.config.tune, "frac": self.config.tune_frac, "seed": self.first_seed,
             "configs": found,
         }  # fmt: skip
+
+
+def seen_here(flags):
+    """What the log of a run with these flags would say of this machine's data and precision."""
+    dtype = pick_dtype(flags["dtype"], pick_device(flags["device"]))
+    seen = {"dtype": str(dtype)[6:]}
+    with contextlib.suppress(ValueError):  # of what is wrong with the data, the run tells more
+        seen["data_sha256"] = data_sha256(flags["data_dir"], flags["block_size"])
+    return seen
+
+
+@functools.lru_cache(maxsize=8)
+def data_sha256(folder, block_size):
+    """train_gpt2.py's."""
+    splits = [Windows(load_shards(folder, split), block_size, N_VOCAB) for split in SPLITS]
+    return hashlib.sha256(b"".join(windows.some() for windows in splits)).hexdigest()
+
+
+def merge(out, other, entries):
+    """Copy the finished runs of another machine's OUT into this one -> how many. What is here
+    already stays; ValueError before the first copy for runs that do not fit this machine's."""
+    out, other, seen = Path(out), Path(other), {entry.name: entry.seen for entry in entries}
+    logs = sorted(other.rglob("log.jsonl"))
+    if not logs or other.resolve() == out.resolve():
+        raise ValueError(f"no runs to take from {other}; give another comparison's --out folder")
+    found = []
+    for folder in (log.parent for log in logs):
+        run = read_run(folder)
+        if folder.parent.name in seen and run and (run.finished or (folder / "diverged").exists()):
+            check_seen(run, seen[folder.parent.name])
+            found.append(folder)
+    taken = 0
+    for folder in found:
+        place = out / folder.relative_to(other)
+        if place.exists():
+            continue
+        beside = place.with_name(place.name + ".copying")
+        shutil.rmtree(beside, ignore_errors=True)  # of a copy that was killed
+        shutil.copytree(folder, beside)
+        beside.rename(place)
+        taken += 1
+    return taken
 
 
 def final_losses(groups):

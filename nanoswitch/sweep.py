@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,10 +36,12 @@ class Job:
     process: subprocess.Popen = None
     slot: int = 0
     share: float = 0.0  # of its steps that are logged, as last looked up
+    seen: dict = field(default_factory=dict)  # of its log's start, as it would be here
 
     def run(self):
-        """Its Run if it has begun; ValueError if that was made by other flags."""
+        """Its Run if it has begun; ValueError if that was made by other flags or on other data."""
         run = read_run(self.folder)
+        check_seen(run, self.seen)
         for key, value in self.config.items() if run else ():
             if run.config.get(key, value) != value and key not in INCIDENTAL:
                 raise ValueError(
@@ -56,6 +58,18 @@ class Job:
         if self.share < 1 and (run := read_run(self.folder)) and run.start.get("steps"):
             done = max(run.values.get("train_loss", {0: 0}))
             self.share = 1.0 if run.finished else min(0.99, done / run.start["steps"])
+
+
+def check_seen(run, seen):
+    """ValueError where a Run's log says otherwise than {"data_sha256", "dtype"} of this machine."""
+    what = {"data_sha256": "on data of hash", "dtype": "in"}
+    for key, value in seen.items() if run else ():
+        there = run.start.get(key, value)
+        if there != value:
+            raise ValueError(
+                f"{run.folder} was trained {what[key]} {there[:12]}, here it would be {value[:12]}:"
+                f" such runs do not mix; give the same data and --dtype, or another --out"
+            )
 
 
 def busy(folder):

@@ -1,12 +1,17 @@
-"""nanoswitch/ladder.py on made-up losses whose curve and gain are known."""
+"""nanoswitch/ladder.py on made-up losses whose curve and gain are known: given to it, or in logs
+that are written instead of training."""
 
 import json
+import math
+import random
 
 import numpy as np
 import pytest
 from scipy.optimize import curve_fit
+from test_compare import command
 
-from nanoswitch import ladder
+from nanoswitch import ladder, study
+from nanoswitch.counts import flops_per_token, num_params, on_meta
 
 E, A, ALPHA = 1.7, 400.0, 0.15
 COMPUTE = np.array([1e12, 4e12, 1.6e13, 6.4e13])
@@ -107,3 +112,162 @@ def test_two_sizes_are_no_ladder():
     losses = {"first": made(lambda c: 1, compute=COMPUTE[:2])}
     with pytest.raises(ValueError, match="three sizes"):
         ladder.ladder(losses)
+
+
+# ----------------------------------------------------------------------------- runs
+
+WIDTHS = (16, 32, 64)
+GAIN = {"a": 1.0, "b": 1.5}  # what b gets out of its compute
+BEST = {"a": 0.01, "b": 0.02}  # each config's best rate at the smallest width
+
+
+class Trainer:
+    """Stands in for sweep(): writes the logs of jobs, in all `most` of them, then is killed."""
+
+    def __init__(self, most=10**9, power=-0.5):
+        self.most, self.power, self.trained = most, power, []
+
+    def __call__(self, jobs, at_once):
+        for job in [job for job in jobs if not job.done()]:
+            if len(self.trained) == self.most:
+                raise KeyboardInterrupt
+            self.trained.append(str(job.folder))
+            job.folder.mkdir(parents=True)
+            config, steps = job.config, job.config["max_steps"]
+            model = study.model_of(config)
+            compute = flops_per_token(on_meta(model)) * steps * config["total_batch_tokens"]
+            best = BEST[job.name] * (config["n_embd"] / WIDTHS[0]) ** self.power
+            luck = random.Random(f"{job.folder.name} {config['n_embd']} {job.name}").gauss(0, 0.002)
+            loss = loss_at(compute * GAIN[job.name]) + math.log(config["lr"] / best) ** 2 + luck
+            start = {"event": "start", "step": 0, "config": config, "steps": steps} | job.seen
+            lines = [start | {"parameters": num_params(model)}, {"step": steps, "val_loss": loss}]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (job.folder / "log.jsonl").write_text(text)
+        return []
+
+
+@pytest.fixture
+def climb(tmp_path, monkeypatch):
+    """A function that runs compare.py --ladder on two configs -> its output and the Trainer."""
+    for name in BEST:
+        (tmp_path / f"{name}.toml").write_text("weight_decay = 0.2\n")
+    monkeypatch.setattr("compare.draw", lambda *args: None)  # pictures take a second each
+    monkeypatch.setattr("compare.draw_ladder", lambda *args: None)
+
+    def call(*argv, trainer=None, fails=False, folder="out", names="ab", **changes):
+        rule = {
+            "widths": list(WIDTHS), "width_per_head": 8, "width_per_layer": 16, "block_size": 32,
+            "vocab_size": 512, "vocab_used": 512, "total_batch_tokens": 64, "lr": 0.01,
+            "tokens_per_parameter": 2, "weight_decay": 0.1, "device": '"cpu"',
+        } | changes  # fmt: skip
+        path = tmp_path / "rule.toml"
+        path.write_text("".join(f"{k} = {v}\n" for k, v in rule.items() if v is not None))
+        trainer = trainer or Trainer()
+        monkeypatch.setattr(study, "sweep", trainer)
+        always = ["--ladder", path, "--seeds", 3, "--out", tmp_path / folder]
+        configs = [tmp_path / f"{name}.toml" for name in names]
+        return command(*configs, *always, *argv, fails=fails), trainer
+
+    return call
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_config_is_trained_at_every_size_by_the_rule(climb, tmp_path):
+    done, trainer = climb()
+    found = read(tmp_path / "out")
+    assert len(trainer.trained) == len(set(trainer.trained))
+    logs = [p for p in tmp_path.glob("out/n_embd_*/*/*/*/log.jsonl") if p.parts[-4] != "tune"]
+    assert len(logs) == 2 * 3 * len(WIDTHS)
+    for path in logs:
+        config = json.loads(path.read_text().splitlines()[0])["config"]
+        w, name = config["n_embd"], path.parts[-3]
+        assert (config["n_layer"], config["n_head"]) == (w // 16, w // 8)
+        # GPT-2's count, written out: tables, 12 w^2 + 13 w a block, the last norm
+        size = (512 + 32) * w + w // 16 * (12 * w * w + 13 * w) + 2 * w
+        steps = round(2 * size / 64)
+        assert config["max_steps"] == steps and config["warmup_steps"] == round(0.02 * steps)
+        assert config["weight_decay"] == 0.2  # a config's own flag wins
+        assert config["lr"] == pytest.approx(BEST[name] * (w / 16) ** -0.5, rel=0.01)
+    for size, width in zip(found["ladder"]["sizes"], WIDTHS, strict=True):
+        assert size["n_embd"] == width and set(size["results"]["configs"]) == {"a", "b"}
+    row = found["configs"]["b"]
+    low, high = row["compute_gain"]["ci95"]
+    assert row["compute_gain"]["mean"] == pytest.approx(1.5, rel=0.2) and low < 1.5 < high
+    assert found["configs"]["a"]["compute_gain"] is None
+    assert found["ladder"]["curves"]["b"]["equal_flops"]["trend"] == "holds"
+    assert [one["factor"] for one in checks(found)] == [1, 1]
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "## The ladder" in text and "| b | 64 |" in text and "| b | holds |" in text
+    assert "Does it last?" in (tmp_path / "out" / "report.html").read_text()
+    assert "b is worth" in done.stdout
+
+
+def checks(found):
+    return [
+        one | {"factor": pytest.approx(one["best"] / one["rule"], rel=0.02)}
+        for one in found["ladder"]["check"].values()
+    ]
+
+
+def test_a_rule_of_the_rates_that_fails_is_seen_at_the_second_size(climb, tmp_path):
+    climb(trainer=Trainer(power=0.5))  # the best rate grows with the width instead
+    for one in read(tmp_path / "out")["ladder"]["check"].values():
+        assert one["best"] / one["rule"] == pytest.approx(2, rel=0.02)
+        assert one["lost"] == pytest.approx(math.log(2) ** 2, abs=0.01)
+    assert "off by 2" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_killed_ladder_goes_on_without_a_run_lost_or_repeated(climb, tmp_path):
+    _, whole = climb(folder="whole")
+    trained = []
+    for most in (4, 13, 99):  # in a search, and at the second size
+        _, part = climb(trainer=Trainer(most), fails=most < 99)
+        trained += part.trained
+    inside = [name.split("/out/")[1] for name in trained]
+    assert sorted(inside) == sorted(name.split("/whole/")[1] for name in whole.trained)
+    assert read(tmp_path / "out") == read(tmp_path / "whole")
+
+
+def test_two_machines_share_a_ladder_by_its_configs(climb, tmp_path):
+    climb(folder="whole")
+    climb(folder="out", names="a")
+    climb(folder="other", names="b")
+    done, trainer = climb("--merge", tmp_path / "other")
+    assert not trainer.trained and read(tmp_path / "out") == read(tmp_path / "whole")
+    assert "runs taken" in done.stdout
+
+
+def test_a_plan_of_a_ladder_trains_nothing(climb, tmp_path):
+    done, trainer = climb("--plan", "--sd", 0.01)
+    assert not trainer.trained and not (tmp_path / "out").exists()
+    sizes = [544 * w + w // 16 * (12 * w * w + 13 * w) + 2 * w for w in WIDTHS]
+    full = [round(2 * size / 64) * 64 for size in sizes]
+    tokens = 2 * sum(n * (3 + tries * 0.25) for n, tries in zip(full, (3, 3, 0), strict=True))
+    assert "runs      30 or more" in done.stdout
+    assert float(done.stdout.split("tokens    ")[1].split("M")[0]) == pytest.approx(
+        tokens / 1e6, rel=0.01
+    )
+    assert all(f"n_embd {w}: " in done.stdout for w in WIDTHS)
+
+
+@pytest.mark.parametrize(
+    "changes, argv, words",
+    [
+        ({"widths": "[16, 32]"}, [], "three or more, rising"),
+        ({"widths": None}, [], "has no widths"),
+        ({"widths": "[16, 20, 32]"}, [], "no multiple of width_per_head"),
+        ({"widht": 3}, [], "did you mean widths?"),
+        ({"n_layer": 3}, [], "leave it out"),
+        ({"tune": '"beta1"'}, [], "lr or muon_lr"),
+        ({"tokens_per_parameter": '"ten"'}, [], "another type"),
+        ({}, ["--n_embd", 8], "--n_embd follows from the ladder"),
+        ({}, ["--resolve", 0.1], "leave --resolve"),
+        ({}, ["--report_only"], "not finished"),
+    ],
+)
+def test_a_bad_ladder_ends_before_anything_runs(climb, changes, argv, words):
+    done, trainer = climb(*argv, fails=True, **changes)
+    assert words in done.stderr and done.stderr.count("\n") == 1 and not trainer.trained

@@ -60,7 +60,7 @@ def make_page(tmp_path):
         '<?xml version="1.0"?><!DOCTYPE svg>\n<svg width="792pt" height="576pt" '
         'viewBox="0 0 792 576"><metadata><a href="http://purl.org/"/></metadata><g></g></svg>'
     )
-    rows = {"gpt2": row(5.0, 5.2), "<rope> & \"co\"": row(4.9, 5.1)}
+    rows = {"gpt2": row(5.0, 5.2), '<rope> & "co"': row(4.9, 5.1)}
     found = {"first": "gpt2", "metric": "val_loss", "configs": rows,
              "odd": "</script><script>alert(1)</script>"}  # fmt: skip
     rows = [["gpt2", "1,350,400", "5.1000 ± 0.1", "-"], ['<rope> & "co"', "12", "5.0", "better"]]

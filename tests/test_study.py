@@ -1,6 +1,7 @@
 """nanoswitch/study.py: which runs --tune, --resolve and --plan ask for. Instead of training, logs
 are written with losses that are known."""
 
+import dataclasses
 import json
 import math
 import random
@@ -8,6 +9,7 @@ import random
 import pytest
 from scipy.stats import nct, t
 from test_compare import command
+from tiny_runs import make_data, trainer
 
 from nanoswitch import study
 
@@ -17,8 +19,8 @@ BEST = {"a": 0.0012, "b": 0.0003}  # each config's best rate
 class Trainer:
     """Stands in for sweep(): writes the logs of jobs, in all `most` of them, then is killed."""
 
-    def __init__(self, noise=0.02, most=10**9):
-        self.noise, self.most, self.trained = noise, most, []
+    def __init__(self, noise=0.02, most=10**9, **start):
+        self.noise, self.most, self.trained, self.start = noise, most, [], start
 
     def __call__(self, jobs, at_once):
         for job in [job for job in jobs if not job.done()]:
@@ -30,6 +32,7 @@ class Trainer:
             luck = random.Random(f"{job.name} {config['seed']}").gauss(0, self.noise)
             loss = 4 + math.log(config["lr"] / BEST[job.name]) ** 2 + luck
             start = {"event": "start", "step": 0, "config": config, "parameters": 9, "steps": steps}
+            start |= job.seen | self.start
             lines = [start, {"step": 0, "val_loss": 9.0}, {"step": steps, "val_loss": loss}]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (job.folder / "log.jsonl").write_text(text)
@@ -43,12 +46,12 @@ def run(tmp_path, monkeypatch):
         (tmp_path / f"{name}.toml").write_text("n_layer = 1\nn_head = 2\nn_embd = 8\n")
     monkeypatch.setattr("compare.draw", lambda *args: None)  # that takes a second each
 
-    def call(*argv, trainer=None, fails=False, folder="out"):
+    def call(*argv, trainer=None, fails=False, folder="out", names=BEST):
         trainer = trainer or Trainer()
         monkeypatch.setattr(study, "sweep", trainer)
         always = ["--max_steps", 100, "--warmup_steps", 10, "--out", tmp_path / folder]
         always += ["--device", "cpu", "--seed", 1]
-        configs = [tmp_path / f"{name}.toml" for name in BEST]
+        configs = [tmp_path / f"{name}.toml" for name in names]
         return command(*configs, *always, *argv, fails=fails), trainer
 
     return call
@@ -97,6 +100,69 @@ def test_a_killed_study_goes_on_without_a_run_lost_or_repeated(run, tmp_path):
     assert sorted(inside) == sorted(name.split("/whole/")[1] for name in whole.trained)
     both = [json.loads((tmp_path / f / "results.json").read_text()) for f in ("out", "whole")]
     assert both[0] == both[1]
+
+
+def test_two_machines_folders_merge(run, tmp_path):
+    argv = ["--tune", "lr", "--seeds", 2]
+    run(*argv, folder="whole")
+    run(*argv, folder="other", names="b")
+    (tmp_path / "other/runs/b/seed_2/log.jsonl").write_text("")  # that one it has just begun
+    run(*argv, names="a")
+    before = (tmp_path / "out/runs/a/seed_1/log.jsonl").stat().st_mtime_ns
+    done, trainer = run(*argv, "--merge", tmp_path / "other")
+    assert [name.split("/out/")[1] for name in trainer.trained] == ["runs/b/seed_2"]
+    assert f"{tmp_path}/other: 8 runs taken" in done.stdout  # five of the search, three seeds
+    both = [json.loads((tmp_path / f / "results.json").read_text()) for f in ("out", "whole")]
+    assert both[0] == both[1]
+    assert (tmp_path / "out/runs/a/seed_1/log.jsonl").stat().st_mtime_ns == before
+    done, trainer = run(*argv, "--merge", tmp_path / "other")
+    assert "0 runs taken" in done.stdout and not trainer.trained
+
+
+@pytest.mark.parametrize(
+    "start, argv, words",
+    [
+        ({"data_sha256": "e" * 64}, [], "on data of hash eeeeeeeeeeee, here it would be"),
+        ({"dtype": "bfloat16"}, ["--dtype", "float32"], "in bfloat16, here it would be float32"),
+        ({}, ["--grad_clip", 2], "was made with grad_clip 1.0, not 2.0"),
+        ({"versions": {"torch": "2.12.0+cu130"}}, [], None),  # said, not refused
+    ],
+)
+def test_runs_that_do_not_fit_are_one_clear_line(run, tmp_path, start, argv, words):
+    make_data(tmp_path / "data")
+    given = ["--block_size", 16, "--data_dir", tmp_path / "data", "--dtype", "float32"]
+    run(*given, folder="other", names="b")
+    log = tmp_path / "other/runs/b/seed_1/log.jsonl"
+    first, *rest = log.read_text().splitlines()  # as the other machine would have written it
+    log.write_text("\n".join([json.dumps(json.loads(first) | start), *rest, ""]))
+    here = {"versions": {"torch": "2.13.0+cpu"}}
+    fails = words is not None
+    done, trainer = run(
+        *given, *argv, "--merge", tmp_path / "other", trainer=Trainer(**here), fails=fails
+    )
+    if fails:
+        assert words in done.stderr and done.stderr.count("\n") == 1 and not trainer.trained
+    else:
+        assert (
+            "Runs of more than one torch: 2.12.0, 2.13.0."
+            in (tmp_path / "out" / "results.md").read_text()
+        )
+    if "data_sha256" in start or "dtype" in start:
+        assert not (tmp_path / "out").exists()
+    # copied by hand they are refused as well
+    if "data_sha256" in start:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "other" / "runs").rename(tmp_path / "out" / "runs")
+        done, trainer = run(*given, fails=True)
+        assert words in done.stderr and not trainer.trained
+
+
+def test_a_run_says_what_the_study_expects_of_it(tmp_path):
+    make_data(tmp_path / "data")
+    made = trainer(tmp_path / "data", tmp_path / "run")
+    flags = dataclasses.asdict(made.model_config) | dataclasses.asdict(made.config)
+    seen = study.seen_here(flags)
+    assert seen == {"data_sha256": made.data_sha256, "dtype": str(made.dtype)[6:]}
 
 
 @pytest.mark.parametrize("width, limit", [(0.1, 12), (0.001, 5)])

@@ -146,7 +146,8 @@ def check_runs(groups):
     scored = {}
     for run in [run for runs in groups.values() for run in runs]:
         seen = {"data": run.start.get("data_sha256"), "HellaSwag items": run.last("hellaswag_n")}
-        scored[str(run.folder)] = run.config | seen
+        text = {"val_text_sha256": run.start.get("val_text_sha256")}
+        scored[str(run.folder)] = run.config | seen | text
     check_fair(scored, (*MUST_AGREE, *seen))
     for name, runs in groups.items():
         if len({run.seed for run in runs}) < len(runs):

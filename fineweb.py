@@ -60,6 +60,7 @@ from nanoswitch.tokenizer import (
     encode_texts,
     get_gigatoken,
     get_tokenizer,
+    token_bytes,
     utf8,
 )
 from nanoswitch.web import fetch, is_address
@@ -100,6 +101,9 @@ class Config:
     """tokens in a train shard; the last may be shorter"""
     val_tokens: int = 0
     """tokens in the val shard; 0 = 10485760, or a tenth of a source too small for that"""
+    val_bytes: int = 0
+    """end the val shard with the document in which this many bytes of text are reached, instead of
+    after val_tokens: the same text for every --vocab_size, so that their models compare"""
     format: Literal["npy", "bin"] = "npy"
     """npy as build-nanogpt writes it, or bin as llm.c does; train_gpt2.py reads both"""
     workers: int = 0
@@ -117,11 +121,15 @@ class Config:
     """keep the hub's files under OUT/downloads instead of deleting each after use"""
 
     def __post_init__(self):
-        for name, least in dict(max_tokens=0, shard_tokens=1, val_tokens=0, workers=0).items():
+        for name, least in dict(
+            max_tokens=0, shard_tokens=1, val_tokens=0, val_bytes=0, workers=0
+        ).items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if max(self.shard_tokens, self.val_tokens) >= 2**31:
             raise ValueError("--shard_tokens and --val_tokens must be below 2**31")
+        if self.val_tokens and self.val_bytes:
+            raise ValueError("give --val_tokens or --val_bytes, not both")
         if not LEAST_VOCAB <= self.vocab_size <= N_VOCAB:
             limits = f"{LEAST_VOCAB} (the bytes and end-of-text) to {N_VOCAB} (GPT-2's)"
             raise ValueError(f"--vocab_size must be from {limits}, not {self.vocab_size}")
@@ -131,7 +139,8 @@ class Config:
         self.first, self.parts = int(part[1]), int(part[2])
         # in the name of everything that a part leaves in the folder
         self.tag = f"_part{self.first:03d}of{self.parts:03d}" if self.part else ""
-        tokenising = ("text_column", "shard_tokens", "val_tokens", "format", "part", "vocab_size")
+        tokenising = ("text_column", "shard_tokens", "val_tokens", "val_bytes", "format", "part",
+                      "vocab_size")  # fmt: skip
         for name in ("source", "name", *tokenising):
             if self.pretokenized and getattr(self, name) != getattr(Config, name):
                 raise ValueError(f"--{name} has no effect on --pretokenized shards: leave it out")
@@ -412,6 +421,21 @@ def hold_for_val(batches, val_tokens):
     return size, itertools.chain((held.popleft() for _ in range(len(held))), batches)
 
 
+def hold_documents(batches, val_bytes, vocab):
+    """Read up to the end of the document in which `val_bytes` bytes are reached. -> as
+    hold_for_val()"""
+    lengths, held, total, size = token_bytes(vocab), deque(), 0, 0
+    for batch in batches:
+        held.append(batch)
+        reached = total + np.cumsum(lengths[batch.tokens])
+        ends = (batch.tokens == vocab - 1) & (reached >= val_bytes)  # end-of-text begins the next
+        if ends.any():
+            size += int(ends.argmax())
+            return size, itertools.chain((held.popleft() for _ in range(len(held))), batches)
+        size, total = size + len(batch.tokens), int(reached[-1]) if len(reached) else total
+    raise ValueError(f"only {total} bytes in the source: no train text is left after val_bytes")
+
+
 # ---------------------------------------------------------------------------------------------
 # Runs
 
@@ -509,7 +533,10 @@ def tokenize(config, manifest):
     sizes = itertools.repeat(config.shard_tokens)
     first = config.first == 1  # the part that has val, as shard 0
     if first and not shards:
-        val_tokens, batches = hold_for_val(batches, config.val_tokens)
+        if config.val_bytes:
+            val_tokens, batches = hold_documents(batches, config.val_bytes, config.vocab_size)
+        else:
+            val_tokens, batches = hold_for_val(batches, config.val_tokens)
         sizes = itertools.chain([val_tokens], sizes)
     for parts, position in cut_shards(batches, sizes):
         index = len(shards) + (not first)

@@ -52,6 +52,7 @@ from nanoswitch.parallel import (
     whole_weights,
 )
 from nanoswitch.progress import Meter, clock, due, launched
+from nanoswitch.shards import val_text
 from nanoswitch.signals import StopSignal
 from nanoswitch.tokenizer import bits_per_byte, get_tokenizer, token_bytes
 from nanoswitch.weights import read_safetensors
@@ -513,6 +514,7 @@ def train(trainer):
             event="resume" if start else "start", step=start,
             config=asdict(trainer.model_config) | asdict(config),
             parameters=trainer.model.num_params(), steps=last, data_sha256=trainer.data_sha256,
+            val_text_sha256=val_text(config.data_dir, config.val_tokens, trainer.val.T),
             **trainer.origin, **trainer.changes, **provenance(), seed=config.seed,
             device=str(trainer.device), dtype=str(trainer.dtype)[6:], world=ranks.world,
         )  # fmt: skip

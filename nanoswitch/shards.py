@@ -12,7 +12,13 @@ import struct
 import numpy as np
 
 from nanoswitch.files import first_line, pointer_hint, write_beside
-from nanoswitch.tokenizer import GPT2_SHA256, LEAST_VOCAB, N_VOCAB, trained_vocabulary
+from nanoswitch.tokenizer import (
+    GPT2_SHA256,
+    LEAST_VOCAB,
+    N_VOCAB,
+    text_sha256,
+    trained_vocabulary,
+)
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's .bin header: 256 int32
 MANIFEST = {  # manifest.json of a run that has done nothing yet
@@ -24,7 +30,8 @@ MANIFEST = {  # manifest.json of a run that has done nothing yet
     "done": False,
     "position": {"file": 0, "record": 0, "token": 0},  # where the next shard begins
     "text_columns": {},  # {file: its column of texts} where that is not --text_column
-    "shards": [],  # {"file", "split", "tokens", "documents", "sha256"} of each finished one
+    # {"file", "split", "tokens", "documents", "sha256"} of each finished one; of val also
+    "shards": [],  # "text_sha256", that of its text
 }
 
 
@@ -82,6 +89,17 @@ def vocabulary(folder):
     return sizes[0]
 
 
+def val_text(folder, tokens, T):
+    """The hash of the validation text that `tokens` in windows of T cover, by the folder's
+    manifest: all of the val shard but what is left after its last window. None where it is not
+    known, or not all is covered."""
+    for manifest in read_manifests(folder).values():
+        for shard in manifest["shards"]:
+            if shard["split"] == "val" and tokens // T >= (shard["tokens"] - 1) // T:
+                return shard.get("text_sha256")
+    return None
+
+
 def check_parts(folder):
     """ValueError unless a folder of --part I/N runs holds all N parts, finished, of one source."""
     names = [os.path.basename(path) for path in list_shards(folder)]
@@ -105,7 +123,8 @@ def check_parts(folder):
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         hint = "run python fineweb.py with its --part"
         raise ValueError(f"{folder} is incomplete: {', '.join(bad[:3])}{more}; {hint}")
-    old, own = {"vocab_size": N_VOCAB}, {"source": "", "part": ""}  # not in old ones; each its own
+    old = {"vocab_size": N_VOCAB, "val_bytes": 0}  # not in old ones
+    own = {"source": "", "part": ""}
     made = [(m["source"], old | m["settings"] | own) for m in found.values()]
     for i, other in zip(found, made, strict=True):
         if other != made[0]:
@@ -168,6 +187,8 @@ def write_shard(out, index, parts, fmt, tag="", vocab=N_VOCAB):
             digest.update(chunk)
     documents = sum(int(np.count_nonzero(part == vocab - 1)) for part in parts)
     entry = {"file": name, "split": split, "tokens": length, "documents": documents}
+    if not index:
+        entry["text_sha256"] = text_sha256(np.concatenate(parts), vocab)
     return entry | {"sha256": digest.hexdigest()}
 
 

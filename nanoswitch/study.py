@@ -21,12 +21,13 @@ from nanoswitch.counts import flops_per_token, num_params, on_meta
 from nanoswitch.device import matrix_rate, pick_device, pick_dtype
 from nanoswitch.log import read_run
 from nanoswitch.progress import clock, short
-from nanoswitch.shards import load_shards
+from nanoswitch.shards import load_shards, val_text
 from nanoswitch.sweep import Job, check_seen, sweep
 from nanoswitch.tokenizer import N_VOCAB
 from nanoswitch.windows import Windows
 from train_gpt2 import TrainConfig, read_flags
 
+OF_TOKENS = ("vocab_used", "val_tokens", "data_dir", "data")  # differ between vocabularies
 SPLITS = ("train", "val")
 MUST_AGREE = ("block_size", "vocab_used", "val_tokens", "hellaswag_limit", "overfit_single_batch")
 
@@ -37,7 +38,18 @@ def name_of(path):
 
 
 def check_fair(configs, keys=MUST_AGREE):
-    """ValueError unless all of {name: flags} see the same tokens and are scored on the same."""
+    """ValueError unless all of {name: flags} see the same tokens and are scored on the same; with
+    several vocabularies, unless they are scored on the same text."""
+    sizes = {config.get("vocab_used") for config in configs.values()}
+    texts = {config.get("val_text_sha256") for config in configs.values()}
+    if len(sizes - {None}) > 1:
+        if len(texts) > 1 or None in texts:
+            raise ValueError(
+                "no fair comparison: several vocabularies, and not surely the same validation text;"
+                " make their data with one fineweb.py --val_bytes N, and give a --val_tokens that "
+                "covers it"
+            )
+        keys = [key for key in keys if key not in OF_TOKENS]
     (first, reference), *others = configs.items()
     for name, config in others:
         for key in keys:
@@ -89,8 +101,20 @@ def read_entries(config, flags, own=None):
         if config.match == "params":
             matched = matched or num_params(model_of(entries[-1].flags))
     agree = (*MUST_AGREE, "seed", "data_dir", "hellaswag_data")
-    check_fair({path: e.flags for path, e in zip(config.inputs, entries, strict=True)}, agree)
+    check_fair(
+        {
+            path: entry.flags | {"val_text_sha256": text_of(entry.flags)}
+            for path, entry in zip(config.inputs, entries, strict=True)
+        },
+        agree,
+    )
     return entries
+
+
+def text_of(flags):
+    """The hash of the validation text of these flags, None where their data is not here."""
+    with contextlib.suppress(ValueError):
+        return val_text(flags["data_dir"], flags["val_tokens"], flags["block_size"])
 
 
 def match_parameters(path, argv, wanted):

@@ -74,6 +74,21 @@ def token_bytes(vocab=N_VOCAB):
     return lengths
 
 
+def text_sha256(tokens, vocab=N_VOCAB):
+    """The SHA-256 of the text that ids (n,) stand for, its documents' beginnings marked: the same
+    for the same documents in any vocabulary."""
+    texts = [b""] * vocab
+    for token, i in gpt2_ranks().items():
+        if i < vocab - 1:
+            texts[i] = token
+    texts[vocab - 1] = b"<|endoftext|>"
+    digest = hashlib.sha256()
+    for begin in range(0, len(tokens), 1 << 20):
+        piece = tokens[begin : begin + (1 << 20)]
+        digest.update(b"".join([texts[i] for i in piece.tolist()]))
+    return digest.hexdigest()
+
+
 def bits_per_byte(loss, tokens, text_bytes):
     """A mean loss in nats over `tokens` targets that stand for `text_bytes` bytes of text -> bits a
     byte, which compares across vocabularies (The Pile, Gao et al. 2020, section 3.1). Targets

@@ -1,8 +1,11 @@
 """The cut vocabulary (fineweb.py --vocab_size N), from text to score, against Hugging Face's
 tokenizers built here from the first merges of GPT-2's own files."""
 
+import hashlib
 import json
+import math
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -13,12 +16,13 @@ import torch
 import transformers
 from builders import rig, run_main, write_jsonl, write_step, write_texts
 
+import compare
 import fineweb
 import hellaswag
 import sample
 import train_gpt2
 from model import GPT, GPTConfig
-from nanoswitch import export, load
+from nanoswitch import export, load, shards
 from nanoswitch.shards import list_shards, load_shards, open_shard, vocabulary
 from nanoswitch.tokenizer import (
     bits_per_byte,
@@ -332,6 +336,66 @@ def test_an_id_beyond_the_cut_is_named(trained, tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------- bits per byte
+
+
+def test_validation_text_of_some_bytes_is_the_same_in_every_vocabulary(tmp_path, capsys):
+    texts = random_texts(60) + TEXTS
+    write_texts(tmp_path / "text.jsonl", texts)
+    ends, total = [], 0
+    for text in texts:
+        ends.append(total := total + len(utf8(text)))
+    wanted = ends[30] - 1  # inside document 30, which is then val's last
+    marked = "".join("<|endoftext|>" + text for text in texts[:31])
+    for vocab in (300, 512, 50257):
+        out = tmp_path / str(vocab)
+        flags = ("--source", tmp_path / "text.jsonl", "--out", out, "--vocab_size", vocab)
+        assert run_main(fineweb.main, *flags, "--val_bytes", wanted) == 0
+        val = load_shards(out, "val")[0]
+        assert get_tokenizer(vocab).decode(val.tolist()) == marked
+        assert load_shards(out, "train")[0][0] == vocab - 1  # document 31 begins
+        text = hashlib.sha256(marked.encode()).hexdigest()
+        assert shards.val_text(out, len(val), 16) == text
+        assert shards.val_text(out, len(val) - 17, 16) is None  # a window of it is not scored
+    capsys.readouterr()
+    assert run_main(fineweb.main, *flags[:3], tmp_path / "x", "--val_bytes", 10**9) == 1
+    assert "no train text is left" in capsys.readouterr().err
+
+
+def test_models_of_two_vocabularies_are_compared_in_bits_per_byte(tmp_path, capsys):
+    write_texts(tmp_path / "text.jsonl", random_texts(300))
+    for vocab in (300, 2048):
+        flags = ("--source", tmp_path / "text.jsonl", "--out", tmp_path / f"d{vocab}")
+        assert run_main(fineweb.main, *flags, "--vocab_size", vocab, "--val_bytes", 4000) == 0
+        (tmp_path / f"v{vocab}.toml").write_text(
+            f'data_dir = "{tmp_path}/d{vocab}"\nvocab_size = {vocab}\nvocab_used = {vocab}\n'
+        )
+    argv = [arg for arg in training(tmp_path) if not re.match("--(data_|run_|vocab|hella)", arg)]
+    files = [tmp_path / "v300.toml", tmp_path / "v2048.toml"]
+    assert run_main(compare.main, *files, *argv, "--plan", "--val_tokens", 256) == 1
+    assert "give a --val_tokens that covers it" in capsys.readouterr().err
+    argv += ["--val_tokens", 10**6]
+    assert run_main(compare.main, *files, *argv, "--plan") == 0
+    runs = [file.with_suffix("") for file in files]
+    for file, run in zip(files, runs, strict=True):
+        assert run_main(train_gpt2.main, file, *argv, "--run_dir", run) == 0
+    assert run_main(compare.main, *runs, "--out", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    small, large = found["configs"]["v300"], found["configs"]["v2048"]
+    assert found["metric"] == "val_bpb"
+    nats = large["val_loss"]["mean"] - small["val_loss"]["mean"]
+    assert large["diff"]["mean"] == large["val_bpb"]["mean"] - small["val_bpb"]["mean"] != nats
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert text.index("bits per byte |") < text.index("validation loss |")
+    assert "nats of different tokens do not compare" in text
+    # the byte length of what was scored, from the text itself
+    val = load_shards(tmp_path / "d300", "val")[0]
+    scored = val[1 : 1 + (len(val) - 1) // 64 * 64]
+    text = get_tokenizer(300).decode([i for i in scored.tolist() if i != 299])
+    nats = small["val_loss"]["mean"] * len(scored)
+    # a window's edge may cut a character
+    assert small["val_bpb"]["mean"] == pytest.approx(
+        nats / math.log(2) / len(text.encode(errors="replace")), rel=0.001
+    )
 
 
 def test_the_bytes_of_tokens_add_up_to_those_of_the_text():

@@ -44,7 +44,7 @@ def window_masks(pos, window, bias=None, doc=None):
     masks, plain = [], bias is None and doc is None
     unit = 8 if pos.is_cuda else 1  # CUDA's kernel pads other masks, and Inductor fails to
     for rows, keys in window_chunks(len(pos), window, plain, unit):
-        if plain and rows.start == 0:
+        if plain and rows.stop <= window:  # all that causal attention sees lies in the window
             masks.append((rows, keys, None))
             continue
         docs = () if doc is None else (doc[:, rows], doc[:, keys])

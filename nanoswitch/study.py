@@ -113,7 +113,7 @@ def read_entries(config, flags, own=None):
 
 def text_of(flags):
     """The hash of the validation text of these flags, None where their data is not here."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OSError):
         return val_text(flags["data_dir"], flags["val_tokens"], flags["block_size"])
 
 

@@ -65,6 +65,13 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def own_precision(x):
+    """The context in which products of x keep its dtype, whatever autocast says."""
+    if x.device.type == "meta":  # it knows no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def peak_memory(device):
     """The most bytes this process has held so far: on the card, or in all on other devices; None
     where the system does not say."""

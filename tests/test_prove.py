@@ -6,7 +6,6 @@ import pytest
 from nanoswitch import prove, registry
 
 CHOICES = [choice for name in registry.variants() for choice in prove.choices(name)]
-QUICK = [prove.causal, prove.documents, prove.windows, prove.counted, prove.saved]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -14,11 +13,30 @@ def name_of(choice):
     return "-".join(f"{flag}-{name}" for flag, name in choice.items())
 
 
+def together():
+    """Choices of several variants at once, a switch each, which hold every variant."""
+    ways = {}
+    for choice in CHOICES:
+        if len(choice) == 1:
+            ((flag, name),) = choice.items()
+            ways.setdefault(flag, []).append(name)
+    most = max(map(len, ways.values()))
+    return [{flag: names[i % len(names)] for flag, names in ways.items()} for i in range(most)]
+
+
 @pytest.mark.parametrize("choice", CHOICES, ids=name_of)
 def test_a_variant_holds_what_every_switch_does(choice):
     made = prove.configs(choice, {})
-    for check in QUICK:
-        check(choice, made)
+    prove.causal(choice, [*made[:2], *made[-3:]])
+    prove.counted(choice, made)
+    prove.saved(choice, made)
+
+
+@pytest.mark.parametrize("choice", together(), ids=name_of)
+def test_variants_of_several_switches_go_together(choice):
+    made = prove.configs(choice, {})
+    prove.documents(choice, made)
+    prove.windows(choice, made)
     some = [config for config in made if config.window or config.n_kv_head == 2][:2] or made[:2]
     prove.cached(choice, some)
     prove.dtypes(choice, some[:1])

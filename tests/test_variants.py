@@ -1,13 +1,15 @@
 """Each file of variants/ against its paper's formula, written out here token by token and head by
 head, with no line of the variant's."""
 
+import cmath
 import math
 
 import pytest
 import torch
-from builders import grown, tiny, tokens
+from builders import grown, refused, tiny, tokens
 
-from model import GPT
+from model import GPT, NORMS, POSITIONS, rotate
+from nanoswitch.optimizers import decays
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDX = tokens(tiny(), 2, 9)
@@ -61,12 +63,12 @@ def branches(block):
     )
 
 
-def check(model, stream):
+def check(model, stream, idx=IDX):
     """stream(x, blocks): embeddings (T, C) -> what the last norm reads; against all logits."""
     part = model.transformer
     with torch.no_grad():
-        got = model(IDX)[0]
-        for row, ids in zip(got, IDX, strict=True):
+        got = model(idx)[0]
+        for row, ids in zip(got, idx, strict=True):
             x = stream(part.wte.weight[ids], part.h)
             close(row, norm(x, part.ln_f) @ model.lm_head.weight.T)
 
@@ -117,6 +119,50 @@ def test_unet_skips_go_from_the_first_half_to_the_second(n_layer, pairs):
         return x
 
     check(make(residual="unet", n_layer=n_layer), stream)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_hyper_connections_read_and_write_streams(streams):
+    """Zhu et al. 2024, eq. 2 to 5 with the dynamic parts of eq. 10 to 13."""
+
+    def stream(x, blocks):
+        result = []
+        H = [[token.clone() for _ in range(streams)] for token in x]  # H[t][i]
+        for block in blocks:
+            places = (block.residual.attn, block.residual.mlp)
+            for connect, branch in zip(places, branches(block), strict=True):
+                mixes, inputs = [], []
+                for token in H:
+                    rows = []
+                    for i, h in enumerate(token):
+                        level = (h - h.mean()) / (h.var(correction=0) + 1e-5).sqrt()
+                        dynamic = torch.tanh(connect.dynamic.weight @ level)
+                        rows.append(connect.static[i] + connect.scale * dynamic)
+                    mixes.append(rows)
+                    inputs.append(sum(rows[i][0] * token[i] for i in range(streams)))
+                found = branch(torch.stack(inputs))
+                for t, rows in enumerate(mixes):
+                    H[t] = [
+                        sum(rows[i][1 + j] * H[t][i] for i in range(streams))
+                        + rows[j][1 + streams] * found[t]
+                        for j in range(streams)
+                    ]
+        for token in H:
+            result.append(sum(token))
+        return torch.stack(result)
+
+    check(make(residual="hyper", settings=f"hyper.streams={streams}"), stream)
+
+
+def test_hyper_connections_begin_as_a_plain_stream():
+    small = dict(n_layer=3, norm_eps=1e-12)  # the last norm then does not see that streams add up
+    torch.manual_seed(0)
+    hyper = GPT(tiny(residual="hyper", **small))
+    torch.manual_seed(0)
+    close(hyper(IDX)[0], GPT(tiny(**small))(IDX)[0])
+    for i, block in enumerate(hyper.transformer.h):
+        picked = [c.static[:, 0].argmax().item() for c in (block.residual.attn, block.residual.mlp)]
+        assert picked == [2 * i % 4, (2 * i + 1) % 4]
 
 
 # ----------------------------------------------------------------------------- attention
@@ -189,6 +235,101 @@ def test_xsa_leaves_nothing_along_a_tokens_own_value():
         model(IDX)
     y, v = (x.view(2, 9, nh, hs) for x in (kept[0], inputs[0][..., 32:]))
     assert ((y * v).sum(-1).abs() < 1e-4 * v.norm(dim=-1) * (1 + y.norm(dim=-1))).all()
+
+
+def test_sinks_are_a_logit_more_that_brings_no_value():
+    def own(x, attn):
+        qkv, heads = linear(x, attn.c_attn).split(nh * hs, dim=1), []
+        for h, (q, k, v) in enumerate(zip(*map(split, qkv), strict=True)):
+            rows = []
+            for t in range(len(q)):
+                e = torch.exp(k[: t + 1] @ q[t] / math.sqrt(hs))
+                rows.append(e @ v[: t + 1] / (e.sum() + torch.exp(attn.sink[h])))
+            heads.append(torch.stack(rows))
+        return torch.cat(heads, 1)
+
+    check(make(attention="sinks"), heads_with(own))
+
+
+def test_value_embeddings_are_looked_up_by_the_token():
+    def stream(ids):
+        def run(x, blocks):
+            for block in blocks:
+                q, k, v = linear(norm(x, block.ln_1), block.attn.c_attn).split(nh * hs, dim=1)
+                a, b = block.attn.mix.weight
+                v = a * v + b * torch.stack([block.attn.table.weight[i] for i in ids])
+                found = [attend(*head) for head in zip(*map(split, (q, k, v)), strict=True)]
+                x = x + linear(torch.cat(found, 1), block.attn.c_proj)
+                x = x + branches(block)[1](x)
+            return x
+
+        return run
+
+    model = make(attention="value_embedding")
+    for row in IDX:
+        check(model, stream(row), row[None])
+    decayed = decays(model)
+    assert not decayed["transformer.h.0.attn.table.weight"]
+    few = tiny(n_layer=4, attention="value_embedding", attention_pattern="full,value_embedding")
+    names = [name for name, _ in GPT(few).named_parameters() if "table" in name]
+    assert names == [f"transformer.h.{i}.attn.table.weight" for i in (1, 3)]
+
+
+# ----------------------------------------------------------------------------- positions, norms
+
+
+@pytest.mark.parametrize("part, turning", [(0.5, 2), (0.25, 1), (1.0, 4)])
+def test_partial_rope_turns_the_first_pairs_only(part, turning):
+    """Complex numbers x_i + j x_(i + 4), of a head of 8."""
+    config = tiny(n_embd=32, pos="partial_rope", settings=f"partial_rope.part={part}")
+    cos, sin = POSITIONS["partial_rope"](config).rotation(torch.arange(5))
+    x = torch.randn(1, 1, 5, 8)
+    got = rotate(x, cos, sin)[0, 0]
+    for p in range(5):
+        for i in range(4):
+            z = complex(x[0, 0, p, i], x[0, 0, p, i + 4])
+            if i < turning:
+                z *= cmath.exp(1j * p * 10000.0 ** (-i / turning))
+            close(got[p, [i, i + 4]], torch.tensor([z.real, z.imag]))
+
+
+def test_partial_rope_goes_with_layers_without_positions():
+    config = tiny(n_layer=4, pos="partial_rope", pos_pattern="partial_rope,partial_rope,none")
+    assert config.encodings == ["partial_rope", "partial_rope", "none", "partial_rope"]
+    with refused("part", 1.5):
+        tiny(pos="partial_rope", settings="partial_rope.part=1.5")
+    with refused("turns no pair"):
+        tiny(pos="partial_rope", settings="partial_rope.part=0.1")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dyt_is_a_scaled_tanh(bias):
+    layer = NORMS["dyt"](tiny(norm="dyt", bias=bias, settings="dyt.alpha=0.8"))
+    assert layer.alpha.item() == pytest.approx(0.8) and (layer.bias is not None) == bias
+    with torch.no_grad():
+        layer.weight.normal_()
+        x = torch.randn(3, 16)
+        want = [[layer.weight[i] * math.tanh(0.8 * v) for i, v in enumerate(row)] for row in x]
+        close(layer(x), torch.tensor(want) + (0 if layer.bias is None else layer.bias))
+
+
+def test_post_norm_and_sandwich_norm():
+    def post(x, blocks):
+        for block in blocks:
+            x = norm(x + linear(full(x, block.attn), block.attn.c_proj), block.ln_1)
+            x = norm(x + gelu_mlp(x, block.mlp), block.ln_2)
+        return x
+
+    def sandwich(x, blocks):
+        for block in blocks:
+            for branch, ln in zip(
+                branches(block), (block.residual.post_1, block.residual.post_2), strict=True
+            ):
+                x = x + norm(branch(x), ln)
+        return x
+
+    check(make(residual="post"), post)
+    check(make(residual="sandwich"), sandwich)
 
 
 # ----------------------------------------------------------------------------- short convolutions

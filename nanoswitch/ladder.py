@@ -6,8 +6,9 @@ Compute-equivalent gain of a row: how many times its compute C the first config 
 loss, by the first one's fit. At equal FLOPs, C is the row's own count; at equal tokens, that of the
 first at the same size, as if their tokens cost the same. The noise is that of seeds: they are drawn
 anew with replacement, the same ones for all configs and sizes, and everything is fitted again
-(bootstrap, Efron 1979). n seeds show a variance too small by (n - 1) / n, which is made good; with
-three there are ten different draws, so that the intervals are rough.
+(bootstrap, Efron 1979). n seeds show a variance too small by (n - 1) / n, which is made good. Three
+have only ten different draws, whose extremes are no 95% interval: all intervals are the central 68%
+of the draws, widened by Student's t of n - 1 degrees of freedom.
 """
 
 import dataclasses
@@ -83,10 +84,30 @@ def redrawn(losses, seeds, draws, rng):
     return found
 
 
-def interval(values):
-    """(draws, ...) -> the 95% percentile interval, [low, high] of each; None where infinite."""
-    low, high = np.quantile(values, [0.025, 0.975], axis=0, method="nearest")
-    return [[finite(a), finite(b)] for a, b in zip(np.ravel(low), np.ravel(high), strict=True)]
+def interval(values, seeds):
+    """(1 + draws, sizes), the observed first -> 95% intervals, low and high (sizes,) each; without
+    ends for one seed."""
+    if seeds < 2:
+        return np.full(values.shape[1], -np.inf), np.full(values.shape[1], np.inf)
+    from scipy.stats import norm, t  # SciPy only where there is noise to judge
+
+    factor = t.ppf(0.975, seeds - 1)
+    below, above = np.quantile(values[1:], norm.cdf([-1, 1]), axis=0) - values[0]
+    return values[0] + factor * np.minimum(below, 0), values[0] + factor * np.maximum(above, 0)
+
+
+MOST = 1e4  # times the compute; beyond it, and below its inverse, is no end
+
+
+def logs(ratio):
+    """Gains -> their logarithms, an endless one too: it still has a direction."""
+    return np.log(np.clip(ratio, 1 / MOST, MOST))
+
+
+def pairs(low, high, most=np.inf):
+    """Ends (sizes,) each -> [[low, high]], None where there is no end."""
+    ends = zip(low.tolist(), high.tolist(), strict=True)
+    return [[x if abs(x) < most else None for x in both] for both in ends]
 
 
 def finite(x):
@@ -118,34 +139,35 @@ def ladder(losses, draws=DRAWS, seed=0):
     for name, (compute, _) in measured.items():
         curve = fit(compute, means[name])
         numbers = {
-            key: {"mean": float(curve[0, i]), "ci95": interval(curve[1:, i])[0]}
+            key: {"mean": float(curve[0, i]),
+                  "ci95": pairs(*interval(curve[:, [i]], len(seeds)))[0]}
             for i, key in enumerate(("E", "A", "alpha"))
-        }
+        }  # fmt: skip
         found[name] = {"fit": numbers, "equal_flops": None, "equal_tokens": None}
         if name != first:
             needed = compute_for(means[name], reference)  # (1 + draws, sizes)
             for way, spent in (("equal_flops", compute), ("equal_tokens", measured[first][0])):
-                found[name][way] = gains(compute, needed / spent, len(seeds) > 1)
+                found[name][way] = gains(compute, needed / spent, len(seeds))
     return found
 
 
-def gains(compute, ratio, noise):
+def gains(compute, ratio, seeds):
     """Gains (1 + draws, sizes), the observed first -> what ladder() says of them."""
-    bounds = interval(ratio[1:]) if noise else [[None, None]] * len(compute)
+    low, high = interval(logs(ratio), seeds)
+    bounds = pairs(*(np.exp(np.clip(end, -700, 700)) for end in (low, high)), MOST)
     return {
         "gain": [
             {"compute": float(c), "mean": finite(g), "ci95": ci}
             for c, g, ci in zip(compute, ratio[0], bounds, strict=True)
         ],
-        "trend": trend_of(compute, ratio) if noise else None,
+        "trend": trend_of(compute, ratio, seeds) if seeds > 1 else None,
     }
 
 
-def trend_of(compute, ratio):
+def trend_of(compute, ratio, seeds):
     """Gains (1 + draws, sizes) -> what they do as compute grows."""
     x = np.log(compute) - np.log(compute).mean()
-    y = np.log(np.clip(ratio, 1e-9, 1e9))  # an endless gain still has a direction
-    low, high = np.quantile((y[1:] @ x) / (x @ x), [0.025, 0.975])
+    (low,), (high,) = interval((logs(ratio) @ x / (x @ x))[:, None], seeds)
     return "grows" if low > 0 else "shrinks" if high < 0 else "holds"
 
 
@@ -405,13 +427,11 @@ def gain_text(one):
     """{"mean", "ci95"} of a gain -> text; a gain without end: no compute is enough."""
     if one is None:
         return "-"
-    low, high = one["ci95"]
-    text = "no end" if one["mean"] is None else f"{one['mean']:.2f}"
-    if low is None and high is None:
-        return text
-    return f"{text} [{'no end' if low is None else f'{low:.2f}'}, " + (
-        "no end]" if high is None else f"{high:.2f}]"
-    )
+    mean, low, high = (
+        "no end" if x is None else f"{x:.2f}" if abs(x) < 100 else f"{x:,.0f}"
+        for x in (one["mean"], *one["ci95"])
+    )  # fmt: skip
+    return mean if low == high == "no end" else f"{mean} [{low}, {high}]"
 
 
 def tables(found):

@@ -23,10 +23,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hellaswag import Row, score_rows
 from model import GPT, MLPS, NORMS, POSITIONS, GPTConfig
 from nanoswitch import decode, kernels, parallel
 from nanoswitch.decode import decoder
+from nanoswitch.scoring import Row, score_rows
 from train_gpt2 import TrainConfig, Trainer
 
 ROOT = Path(__file__).parent.parent.parent

@@ -2,6 +2,7 @@
 tensors that say cuda:0 and have no numbers. Every operator must accept what it is given there, for
 all pairs of switches, with the attention kernels that torch takes on two generations of cards."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -105,6 +106,26 @@ def test_what_needs_a_card_passes_on_one_that_is_not_there(shim):
     )
     last = done.stdout.strip().splitlines()[-1]
     assert done.returncode == 0 and "passed" in last, done.stdout[-4000:]
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_machine_code_and_takes_no_more_memory_than_an_eager_one(shim):
+    """Inductor, Triton and ptxas for sm_90."""
+    triton = importlib.util.find_spec("triton")
+    folder = os.environ.get("TRITON") or (triton and Path(triton.origin).parent.parent)
+    if not folder:
+        pytest.skip("needs Triton: pip install --no-deps --target DIR triton, then TRITON=DIR")
+    own = {"LD_PRELOAD": str(shim), "PYTHONPATH": str(ROOT), "TRITON": str(folder)}
+    done = subprocess.run(
+        [sys.executable, FOLDER / "inductor.py"], env=os.environ | own, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=3600,
+    )  # fmt: skip
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and len(found) == 5
+    for line in found:
+        assert not line["error"], line
+        assert line["graphs"] == 2 and line["kernels"] > 20, line
+        assert line["peak"] <= 1.02 * line["eager"], line
 
 
 def test_each_card_takes_the_kernels_of_its_own(found):

@@ -60,19 +60,31 @@ class Card(TorchDispatchMode):
             return math_attention(q, k, v, attn_mask, dropout_p, is_causal)
         if kernel == SDPBackend.FLASH_ATTENTION:
             return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
-        if bias is not None and bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, -math.inf)
         if kernel == SDPBackend.CUDNN_ATTENTION:
             fused = aten._scaled_dot_product_cudnn_attention
-            return fused(q, k, v, bias, train, dropout_p, is_causal)[0]
-        if bias is not None:
-            width = bias.size(-1)
-            if width % 8:
-                self.odd_masks.add(width)
-                bias = torch.nn.functional.pad(bias, (0, -width % 8))[..., :width]
-            bias = bias.expand(*q.shape[:3], k.size(2))
-        fused = aten._scaled_dot_product_efficient_attention
-        return fused(q, k, v, bias, train, dropout_p, is_causal)[0]
+            return fused(q, k, v, as_bias(bias, q), train, dropout_p, is_causal)[0]
+        if bias is not None and bias.size(-1) % 8:
+            self.odd_masks.add(bias.size(-1))
+        return efficient_attention(q, k, v, bias, dropout_p, is_causal)
+
+
+def as_bias(mask, q):
+    """A mask of True and False -> what is added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+
+
+def efficient_attention(q, k, v, mask, dropout_p, is_causal):
+    """The memory-efficient kernel, which takes masks whose width is a multiple of 8."""
+    bias = as_bias(mask, q)
+    if bias is not None:
+        width = bias.size(-1)
+        if width % 8:
+            bias = torch.nn.functional.pad(bias, (0, -width % 8))[..., :width]
+        bias = bias.expand(*q.shape[:3], k.size(2))
+    fused = aten._scaled_dot_product_efficient_attention
+    return fused(q, k, v, bias, torch.is_grad_enabled(), dropout_p, is_causal)[0]
 
 
 math_attention = torch.nn.functional.scaled_dot_product_attention
@@ -192,8 +204,9 @@ def answering(name, count=1):
 
 
 @contextlib.contextmanager
-def inserted(name, count=1):
-    """answering(), and all tensors are fake -> the Card."""
+def inserted(name, count=1, watched=True):
+    """answering(), and all tensors are fake -> the Card. It watches all operators; torch.compile
+    refuses to work under such a mode."""
     card, functional = Card(name), torch.nn.functional
     with contextlib.ExitStack() as stack:
         stack.enter_context(answering(name, count))
@@ -205,5 +218,6 @@ def inserted(name, count=1):
             mock.patch.object(FakeTensorMode, "avoid_device_init", True, create=True)
         )
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(card)
+        if watched:
+            stack.enter_context(card)
         yield card

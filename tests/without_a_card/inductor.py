@@ -1,0 +1,220 @@
+"""LD_PRELOAD=shim.so TRITON=folder python inductor.py
+
+What torch.compile makes of a training step for a card of sm_90: Inductor's Triton source, and by
+Triton and ptxas the machine code of every kernel, without a card. Prints a JSON line for each of
+CASES: {"case", "error", "graphs", "kernels", "peak"}; peak: the most bytes of storages that are
+alive at once while the compiled code runs on FakeTensors. test_without_a_card.py starts it."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+import traceback
+import types
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, os.environ["TRITON"])
+import torch
+import torch._inductor.async_compile
+import torch._inductor.config
+import torch._inductor.graph
+import torch._inductor.runtime.triton_helpers
+import triton
+from card import efficient_attention, inserted, swap
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import driver
+
+from model import GPTConfig
+from nanoswitch import loss
+from nanoswitch.counts import Storages, on_meta
+from nanoswitch.device import autocast
+
+T = 1024
+CASES = {
+    "plain": {},
+    "window and alibi": dict(window=256, pos="alibi"),
+    "window and kerple": dict(window=256, pos="kerple"),
+    "documents": dict(document_mask=True),
+    "llama": dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=4, bias=False),
+}
+SM_90 = GPUTarget("cuda", 90, 32)
+H100 = dict(
+    multi_processor_count=132, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
+    regs_per_multiprocessor=65536, warp_size=32, L2_cache_size=50 * 2**20, gcnArchName="",
+    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, type="cuda", index=0,
+    shared_memory_per_multiprocessor=233472, is_integrated=False, is_multi_gpu_board=False,
+    clock_rate=1980000, memory_clock_rate=2619000, memory_bus_width=5120,
+)  # fmt: skip
+
+
+class Driver:
+    """What Inductor asks of Triton's driver."""
+
+    def get_current_target(self):
+        return SM_90
+
+    def get_current_device(self):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cuda", 0)
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    def get_current_stream(self, device):
+        return 0
+
+    def is_active(self):
+        return True
+
+
+def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+    """torch's own choice on a card, among the kernels that take a mask if there is one."""
+    if attn_mask is not None:
+        return efficient_attention(q, k, v, attn_mask, dropout_p, is_causal)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+
+
+class Kernel:
+    def run(self, *args, **kwargs):
+        pass
+
+
+class Inside(Storages):
+    """Storages that looks into the operator of the loss."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.nanoswitch.loss_and_gradients.default:
+            with self:
+                return loss.loss_and_gradients(*args)
+        return super().__torch_dispatch__(operator, types, args, kwargs)
+
+
+def run_on_fakes(source, peaks):
+    """Inductor's Python source -> what stands for its compiled code: it runs, but for the kernels,
+    on FakeTensors, and notes its peak."""
+    made = types.ModuleType("made")
+    exec(source, made.__dict__)
+    as_is = lambda tensor=None, *_, **__: tensor  # noqa: E731
+    made.__dict__.update(
+        empty_strided_cuda=lambda size, stride, dtype: torch.empty_strided(
+            size, stride, dtype=dtype, device="cuda"
+        ),
+        reinterpret_tensor=lambda x, size, stride, offset=0: torch.as_strided(
+            x, size, stride, x.storage_offset() + offset
+        ),
+        get_raw_stream=lambda device: 0,
+        **dict.fromkeys(("assert_size_stride", "assert_alignment", "copy_if_misaligned"), as_is),
+    )
+    call = made.__dict__.get("call") or made.runner.call
+
+    def run(inputs):
+        with Inside() as storages:
+            for x in inputs:
+                if isinstance(x, torch.Tensor):
+                    storages.add(x.untyped_storage())
+            result = call(inputs)
+        peaks.append(storages.peak)
+        return result
+
+    return types.SimpleNamespace(call=run, __file__="made", runner=None, key="made")
+
+
+def to_machine_code(source):
+    """Every Triton kernel of Inductor's source through Triton and ptxas -> how many there are."""
+    kernels = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", source, re.S)
+    for name, text in kernels:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.py"
+            path.write_text(text)
+            spec = importlib.util.spec_from_file_location(name, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            tuner = next(x for x in vars(module).values() if hasattr(x, "configs"))
+            meta = tuner._create_compile_meta(tuner.configs[0])
+            options = tuner._create_compile_options(tuner.configs[0], meta)
+            kernel = ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
+            assert triton.compile(kernel, target=SM_90, options=options).asm["cubin"], name
+    return len(kernels)
+
+
+def step(case, B):
+    """A compiled step of a model of one layer -> (Inductor's sources, peak bytes); and that of the
+    eager one."""
+    config, sources, peaks = GPTConfig(block_size=T, n_layer=1, **case), [], []
+
+    def finish(graph):
+        code, _ = graph.codegen()
+        sources.append(getattr(code, "value", code))
+        return run_on_fakes(sources[-1], peaks)
+
+    with unset_fake_temporarily():
+        model = on_meta(config)
+    model = swap(model, lambda p: torch.empty_like(p, device="cuda"))
+    idx = torch.empty(B, T, dtype=torch.int64, device="cuda")
+
+    def run(forward):
+        with autocast(idx.device, torch.bfloat16):
+            _, loss = forward(idx, idx)
+        loss.backward()
+        model.zero_grad()
+
+    with Storages() as storages:
+        for x in model.parameters():
+            storages.add(x.untyped_storage())
+        run(model)
+    with mock.patch.object(torch._inductor.graph.GraphLowering, "compile_to_module", finish):
+        run(torch.compile(model, fullgraph=True))
+    return sources, max(peaks), storages.peak
+
+
+@contextlib.contextmanager
+def a_compiler_without_a_card():
+    """Inductor asks the card about itself and times kernels on it: here it does neither."""
+    driver.set_active(Driver())
+    settings = dict(compile_threads=1, force_disable_caches=True, shape_padding=False)
+    settings["joint_graph_constant_folding"] = False  # it computes, and fakes have no numbers
+    compiler = torch._inductor.async_compile.AsyncCompile
+    helpers = torch._inductor.runtime.triton_helpers
+    with (
+        torch._inductor.config.patch(settings),
+        mock.patch.object(compiler, "triton", lambda *_, **__: Kernel()),
+        mock.patch.object(compiler, "wait", lambda *_, **__: None),
+        mock.patch.object(helpers, "set_driver_to_gpu", lambda: None),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True),
+        inserted("hopper", watched=False),
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend),
+    ):
+        properties = torch.cuda.get_device_properties()
+        vars(properties).update(H100)
+        with mock.patch.object(
+            torch.cuda, "_get_device_properties", lambda _: properties, create=True
+        ):
+            yield
+
+
+def main(B=32):
+    for name, case in CASES.items():
+        line = {"case": name, "error": "", "graphs": 0, "kernels": 0}
+        torch._dynamo.reset()
+        try:
+            with a_compiler_without_a_card():
+                sources, line["peak"], line["eager"] = step(case, B)
+                line["graphs"] = len(sources)
+                line["kernels"] = sum(map(to_machine_code, sources))
+        except Exception as error:
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            line["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -162,7 +162,8 @@ def same_attention(s):
 
 ROWS = [
     Row("taken", "dropout attention_kernel window window_pattern document_mask logit_softcap "
-        "rope_theta rope_scaling qk_norm norm_eps zero_init", "any", "taken as given"),
+        "rope_theta rope_scaling qk_norm norm_eps zero_init residual_dtype", "any",
+        "taken as given"),
     Row("surgery", "n_layer", "fewer", "those that --init_layers names stay: even, first, last",
         lambda s: s.new.n_layer < s.old.n_layer, keep_layers),
     Row("refused", "n_layer", "more", "nothing is known of the added layers; fewer can be taken"),

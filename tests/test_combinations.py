@@ -10,7 +10,7 @@ from builders import documents, refused, tiny, write_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import GPT, MLPS, NORMS, POSITIONS
+from model import GPT, MLPS, NORMS, POSITIONS, RESIDUAL_DTYPES
 from nanoswitch import counts
 from nanoswitch.optimizers import make_optimizers
 from train_gpt2 import TrainConfig
@@ -30,6 +30,7 @@ def configs(draw):
         attention=draw(st.sampled_from(["full", "linformer"])),
         tie_embeddings=draw(st.booleans()), qk_norm=draw(st.booleans()),
         logit_softcap=draw(st.sampled_from([0.0, 15.0])), zero_init=draw(st.booleans()),
+        residual_dtype=draw(st.sampled_from(RESIDUAL_DTYPES)),
         dropout=draw(st.sampled_from([0.0, 0.1])), linformer_segment=draw(st.integers(1, 9)),
     )  # fmt: skip
     if changes["attention"] == "full":

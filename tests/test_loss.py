@@ -136,6 +136,25 @@ def test_bf16_autocast_stays_close_to_fp32(pos):
                 assert error < 0.05, f"{name}: {error}"
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_a_residual_stream_in_bf16_stays_close_to_fp32(norm):
+    torch.manual_seed(0)
+    model, seen = GPT(tiny(norm=norm, residual_dtype="autocast", dropout=0.0)), []
+    idx = tokens(model.config, 4, 20)
+    want = reference_loss(model, idx, idx)
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda block, inputs, x: seen.append(x.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, idx)[1]
+    assert set(seen) == {torch.bfloat16} and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(want.item(), abs=0.01)
+    exact, rough = gradients(model, want), gradients(model, loss)
+    for name, g in exact.items():
+        assert rough[name].dtype == torch.float32
+        assert (rough[name] - g).norm() < 0.05 * g.norm(), name
+    torch.testing.assert_close(model(idx, idx)[1], want)  # without autocast nothing changes
+
+
 def test_the_sum_over_very_many_rows_fits_fp16():
     """All features 16, all gradients about 1: the sum over more than 4,096 rows, which a vocabulary
     so small would let into one chunk, is more than fp16 can hold."""

@@ -50,6 +50,7 @@ SWITCHES = {
     "tie_embeddings": [True, False],
     "qk_norm": [False, True],
     "logit_softcap": [0.0, 30.0],
+    "residual_dtype": ["float32", "autocast"],
     "document_mask": [False, True],
     "attention_kernel": ["auto", "flash", "math", "flex"],
 }

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent / "without_a_card"))
 import cases
 
 from model import GPTConfig
+from nanoswitch import prove
 
-ROOT = Path(__file__).parent.parent
-FOLDER = ROOT / "tests" / "without_a_card"
+ROOT, FOLDER = prove.ROOT, prove.FAKE_CARDS
 CARDS = ("ampere", "hopper")
 
 pytestmark = [
@@ -32,40 +32,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory):
-    torch_folder = Path(torch.__file__).parent
-    path = tmp_path_factory.mktemp("shim") / "shim.so"
-    command = [
-        "g++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch_folder}/include",
-        FOLDER / "shim.cpp", "-o", path, f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib",
-        "-lc10", "-ltorch_cpu",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return path
-
-
-def run(shim, part):
-    """{card: the lines that cases.py prints}; both cards at once."""
-    own = {"LD_PRELOAD": str(shim), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    running = {
-        card: subprocess.Popen(
-            [sys.executable, FOLDER / "cases.py", card, part],
-            env=os.environ | own, cwd=ROOT, **pipes,
-        )
-        for card in CARDS
-    }  # fmt: skip
-    found = {}
-    for card, process in running.items():
-        out, _ = process.communicate(timeout=1800)
-        assert process.returncode == 0, f"cases.py {card} {part} ended with {process.returncode}"
-        found[card] = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return found
+    return prove.build_shim(tmp_path_factory.mktemp("shim"))
 
 
 @pytest.fixture(scope="module")
 def found(shim):
-    return run(shim, "most")
+    return prove.on_fake_cards([], "most", shim)
 
 
 def check(lines):
@@ -91,7 +63,7 @@ def test_one_of_eight_cards_takes_all_that_it_is_given(found):
 
 @pytest.mark.slow
 def test_a_card_takes_what_is_left_too(shim):
-    for lines in run(shim, "rest").values():
+    for lines in prove.on_fake_cards([], "rest", shim).values():
         check(lines)
 
 

@@ -78,6 +78,7 @@ def draw(groups, path, metric="val_loss"):
         if (ratio := bits_per_nat(groups[name] for name in found)) and metric == "val_loss":
             scale = (lambda loss: loss * ratio, lambda bits: bits / ratio)
             axis.secondary_yaxis("right", functions=scale).set_ylabel("bits per byte")
+        axis.locator_params(axis="x", nbins=6)  # more would overlap
     score.set(xlabel="million tokens", ylabel="HellaSwag acc_norm")
     scored = (run.curve("hellaswag_acc_norm")[0] for runs in groups.values() for run in runs)
     score.set_visible(any(scored))  # else there is nothing to see
@@ -128,7 +129,7 @@ def draw_ladder(found, path):
     figure, curves = Figure(figsize=(11, 4), layout="constrained"), found["curves"] or {}
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    tables = [size["results"] for size in found["sizes"]]
+    tables, means = [size["results"] for size in found["sizes"]], []
     metric = tables[0]["metric"]
     for i, name in enumerate(tables[0]["configs"]):
         color = f"C{i % 10}"
@@ -146,13 +147,17 @@ def draw_ladder(found, path):
         if known:
             x, y = (np.array([one[key] for one in known]) for key in ("compute", "mean"))
             x = x * 1.03 ** (i - len(tables[0]["configs"]) / 2)  # so that bars do not hide others
-            low = [one["ci95"][0] or one["mean"] for one in known]
-            high = [one["ci95"][1] or one["mean"] for one in known]
+            low = [one["ci95"][0] or 1e-9 for one in known]  # an end that is none leaves the frame
+            high = [one["ci95"][1] or 1e9 for one in known]
+            means.extend(y)
             right.errorbar(x, y, yerr=(y - low, high - y), fmt="o-", ms=4, color=color, lw=1)
     right.axhline(1, color="grey", lw=0.8, ls="--")
     unit = "bits per byte" if metric == "val_bpb" else "validation loss (nats)"
     left.set(xscale="log", xlabel="training FLOPs", ylabel=unit)
     right.set(xscale="log", xlabel="training FLOPs", ylabel=f"times {tables[0]['first']}'s compute")
+    right.set(yscale="log", ylim=(min(means, default=1) / 4, max(means, default=1) * 4))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("")
     right.set_visible(bool(curves))
     left.legend(fontsize=8)
     save(figure, path)

@@ -91,9 +91,10 @@ def interval(values, seeds):
         return np.full(values.shape[1], -np.inf), np.full(values.shape[1], np.inf)
     from scipy.stats import norm, t  # SciPy only where there is noise to judge
 
-    factor = t.ppf(0.975, seeds - 1)
-    below, above = np.quantile(values[1:], norm.cdf([-1, 1]), axis=0) - values[0]
-    return values[0] + factor * np.minimum(below, 0), values[0] + factor * np.maximum(above, 0)
+    ends = np.quantile(values[1:], norm.cdf([-1, 1]), axis=0)
+    # the farther end for both sides: of two seeds all draws may lie on one side
+    width = t.ppf(0.975, seeds - 1) * np.abs(ends - values[0]).max(0)
+    return values[0] - width, values[0] + width
 
 
 MOST = 1e4  # times the compute; beyond it, and below its inverse, is no end

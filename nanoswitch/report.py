@@ -21,15 +21,19 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 th button { font: inherit; font-weight: 600; border: 0; background: none; color: inherit;
             cursor: pointer; padding: 0 }
 .better { color: #16803c; font-weight: 600 } .worse { color: #c0262d; font-weight: 600 }
-.picture { background: #fff; border-radius: 4px } .picture svg { width: 100%; height: auto }
+.picture { background: #fff; border-radius: 4px }
+.picture svg { width: 100%; min-width: 44rem; height: auto; display: block }
+.points { min-width: 34rem } .points line { stroke: currentColor }
 .points text { font-size: 12px; fill: currentColor } .points circle { fill: #1f77b4; opacity: 0.7 }
-.points line { stroke: currentColor }
+@media screen and (prefers-color-scheme: dark) {
+  .better { color: #5fd38d } .worse { color: #ff8087 } .points circle { fill: #6cb6ee } }
 pre { background: var(--soft); padding: 0.6rem; font-size: 0.8rem; white-space: pre-wrap;
       overflow-wrap: anywhere }
 dt { font-weight: 600 } dd { overflow-wrap: anywhere }
 @media print { body { max-width: none; font-size: 10px } .wide { overflow: visible }
   table { font-size: 7px } th, td { white-space: normal; padding: 1px 3px }
-  svg, table { break-inside: avoid } }
+  svg, table { break-inside: avoid } h2 { break-after: avoid }
+  .picture svg, .points { min-width: 0 } }
 """
 SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable"))
@@ -50,7 +54,7 @@ UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 def key(text):
     """A cell's text -> what it is sorted by: its number, its seconds, or itself; no value last."""
     text = text.split(" tokens")[0].strip()
-    if text in ("-", "not yet"):
+    if text in ("-", "not yet") or text.startswith("no end"):
         return "1e300"
     if re.fullmatch(r"(\d+[dhms])+", text):
         return str(sum(int(n) * SECONDS[u] for n, u in re.findall(r"(\d+)([dhms])", text)))
@@ -103,7 +107,8 @@ def points(configs, metric="val_loss"):
             f'<text x="{x(loss)}" y="{bottom + 16}" text-anchor="middle">{loss:.4f}</text>'
         )
     box = f'viewBox="0 0 {width} {bottom + 24}" style="max-width: {width}px; width: 100%"'
-    return f'<svg class="points" {box} role="img">{"".join(parts)}</svg>'
+    drawn = f'<svg class="points" {box} role="img">{"".join(parts)}</svg>'
+    return f'<div class="wide">{drawn}</div>'
 
 
 def picture(path):
@@ -115,7 +120,7 @@ def picture(path):
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
     opening, rest = drawn.split(">", 1)
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    return f'<div class="picture">{opening}>{rest}</div>'
+    return f'<div class="wide picture">{opening}>{rest}</div>'
 
 
 def command(run):
@@ -149,7 +154,8 @@ def origins(groups):
 def page(found, tables, groups, pictures):
     """-> the page. found: results.json's dict; tables: [(title, head, rows of text, notes)];
     groups: {name: Runs} of all runs; pictures: [(title, path of an .svg)]."""
-    title = f"{len(found['configs'])} configs against {found['first']}"
+    others = len(found["configs"]) - 1
+    title = f"{others} config{'s' * (others != 1)} against {found['first']}"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for heading, head, rows, notes in tables:
         parts.append(f"<h2>{html.escape(heading)}</h2>{grid(head, rows)}")

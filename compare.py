@@ -3,9 +3,10 @@ python compare.py runs/gpt2_124m runs/rope_gqa --out runs/comparison
 
 Configs -> one fair table and its curves. Every config is trained once per seed, by train_gpt2.py,
 on the same tokens in the same order, with the weights that configs share starting equal; any flag
-of train_gpt2.py holds for every run. Run the same command again to continue; with --out on a shared
-disk several machines may run it at once and share the work. Folders of runs that were trained
-otherwise are compared alike, those named seed_N as one config's seeds.
+of train_gpt2.py holds for every run; --ladder does so at several sizes. Run the same command again
+to continue; with --out on a shared disk several machines may run it at once and share the work.
+Folders of runs that were trained otherwise are compared alike, those named seed_N as one config's
+seeds.
 
     OUT/runs/NAME/seed_S/                    the runs, as train_gpt2.py leaves them
     OUT/results.md, results.json             the table, from their logs alone

@@ -4,15 +4,18 @@ that are written instead of training."""
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
 from scipy.optimize import curve_fit
-from test_compare import command
+from test_compare import ROOT, command
 
+from model import GPTConfig
 from nanoswitch import ladder, study
 from nanoswitch.counts import flops_per_token, num_params, on_meta
 
+FIELDS = GPTConfig.__dataclass_fields__
 E, A, ALPHA = 1.7, 400.0, 0.15
 COMPUTE = np.array([1e12, 4e12, 1.6e13, 6.4e13])
 
@@ -240,6 +243,17 @@ def test_two_machines_share_a_ladder_by_its_configs(climb, tmp_path):
     done, trainer = climb("--merge", tmp_path / "other")
     assert not trainer.trained and read(tmp_path / "out") == read(tmp_path / "whole")
     assert "runs taken" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/ladder*.toml")), ids=lambda p: p.stem)
+def test_the_ladders_that_come_with_it(path):
+    rule, sizes = ladder.read_rule(path), []
+    for width in rule.widths:
+        flags = rule.flags | rule.sizes(width)
+        config = GPTConfig(**{k: int(v) for k, v in flags.items() if k in FIELDS})
+        sizes.append(num_params(config))
+    said = [float(number) for number in re.findall(r"([\d.]+)M\b", path.read_text())]
+    assert [size / 1e6 for size in sizes] == pytest.approx(said, rel=0.01)
 
 
 def test_a_plan_of_a_ladder_trains_nothing(climb, tmp_path):

@@ -17,25 +17,22 @@ of acc_norm sqrt(p (1 - p) / (n - 1)), as in lm-evaluation-harness, 0.0046 on al
 takes another model's --out of the same items: the difference, with the error of paired items.
 """
 
-import gzip
-import json
 import os
-import random
 import re
-import zlib
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
+from typing import Literal
 
-import pyarrow.parquet as pq
-from tyro.conf import Positional, arg
-
-from model import GPT
 from nanoswitch import cli
-from nanoswitch.device import autocast, pick_device, pick_dtype, tune_cpu
-from nanoswitch.files import pointer_hint, read_json, write_beside
+from nanoswitch.evaluation import (
+    Evaluation,
+    check_fields,
+    evaluate_checkpoint,
+    read_items,
+    sample,
+)
 from nanoswitch.hub import hub_download
-from nanoswitch.load import vocabulary_of
-from nanoswitch.scoring import Example, join, paired, score_examples, utf8
+from nanoswitch.scoring import Example, as_one_text, join, utf8
 from nanoswitch.tokenizer import EOT, N_VOCAB, get_tokenizer
 
 DATASET, DATA_FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
@@ -45,31 +42,11 @@ TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 
 
 @dataclass
-class Config:
-    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
-    """run folder (its latest step), step folder, Hugging Face folder, or hub name such as gpt2"""
+class Config(Evaluation):
     data: str = ""
     """validation file: json lines, also .gz, or parquet; empty fetches the official one once"""
     protocol: Literal["completion", "harness", "both"] = "both"
     """which texts are scored and how; see above"""
-    limit: int = 0
-    """score a random sample of this many items; 0 = all of them"""
-    seed: int = 1337
-    """same seed, same sample"""
-    out: str = ""
-    """JSON file for the scores and every item's predictions"""
-    versus: str = ""
-    """another model's --out FILE of the same items: shows the paired difference, this minus that"""
-    batch_tokens: int = 0
-    """token positions in one batch, padding included; 0 = 32768 on cuda, else 4096"""
-    device: str = "auto"
-    """auto takes cuda, else mps, else cpu"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of the matrix products; auto takes what is fast on the device"""
-
-    def __post_init__(self):
-        if min(self.limit, self.seed, self.batch_tokens) < 0:
-            raise ValueError("limit, seed and batch_tokens must be 0 or more")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -83,62 +60,19 @@ def load_items(path="", limit=0, seed=1337):
     limit > 0 takes a random sample of the whole file, whose first third is ActivityNet and whose
     rest is WikiHow. ValueError names the file and line of what is wrong.
     """
-    items = read_items(path or official_file())
-    if 0 < limit < len(items):
-        items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
-    return items
+    return sample(read_items(path or official_file(), check_item), limit, seed)
 
 
 def official_file():
     path = os.path.join(DATA_FOLDER, DATA_FILE)
     if os.path.exists(path):
         return path
-    return hub_download(DATASET, DATA_FILE, DATA_FOLDER, check=read_items, offline=OFFLINE)
-
-
-def read_items(path):
-    items = []
-    for number, record in read_records(path):
-        try:
-            items.append(check_item(record))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    if not items:
-        raise ValueError(f"{path} holds no items")
-    return items
-
-
-def read_records(path):
-    """Yield (line number, record) of a file of json lines; of a parquet file its rows."""
-    if path.endswith(".parquet"):
-        try:
-            rows = pq.read_table(path).to_pylist()
-        except (ValueError, OSError) as error:  # pyarrow raises either for a damaged file
-            raise ValueError(f"cannot read {path} as parquet: {error}") from None
-        yield from enumerate(rows, 1)
-        return
-    number = 0
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        hint = pointer_hint(path)
-        raise ValueError(f"{path}, line {number} is not JSON: {error}{hint}") from None
-    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, after line {number}: {error}") from None
+    check = partial(read_items, check=check_item)
+    return hub_download(DATASET, DATA_FILE, DATA_FOLDER, check=check, offline=OFFLINE)
 
 
 def check_item(record):
-    if not isinstance(record, dict):
-        raise ValueError(f"not an item but {str(record)[:40]}")
-    missing = {"ind", "endings", "label", *TEXT_FIELDS} - record.keys()
-    if missing:
-        raise ValueError(f"no field {', '.join(sorted(missing))}")
-    for name in TEXT_FIELDS:
-        if not isinstance(record[name], str):
-            raise ValueError(f"{name} is not a text: {record[name]!r}")
+    check_fields(record, ("ind", "endings", "label"), TEXT_FIELDS)
     endings, label = record["endings"], record["label"]
     if not isinstance(endings, list) or [type(e) for e in endings] != [str] * 4:
         raise ValueError("endings is not a list of four texts")
@@ -170,11 +104,7 @@ def harness(item, encode, eot=EOT):
     """Context and ending are encoded as one text, cut where the context's own tokens end."""
     context = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
     endings = [clean(ending) for ending in item["endings"]]
-    length = len(encode(context.rstrip()))  # its trailing spaces belong to the ending
-    rows = []
-    for ending in endings:
-        ids = encode(context + " " + ending)
-        rows.append(join(ids[:length], ids[length:], eot))
+    rows = as_one_text(context, endings, encode, eot)
     return Example(rows, [len(ending) for ending in endings], item["label"], utf8(endings))
 
 
@@ -193,69 +123,14 @@ def clean(text):
 # The command
 
 
-def show(name, score):
-    """Print a protocol's scores, and whether accuracy says anything yet."""
-    chance = 1 / 4
-    word = "" if score["acc_norm"] - chance > 2 * score["se"] else ", at chance"
-    print(
-        f"{name:10}  acc {score['acc']:.4f}  acc_norm {score['acc_norm']:.4f} "
-        f"± {score['se']:.4f} (standard error{word})  bits per byte {score['bpb']:.4f} "
-        f"± {score['bpb_se']:.4f}  margin {score['margin']:+.4f} ± {score['margin_se']:.4f}  "
-        f"n {score['n']:,}"
-    )
-
-
-def show_paired(name, found, versus):
-    """Print what paired() found."""
-    texts = (f"{what} {mean:+.4f} ± {error:.4f}" for what, (mean, error) in found.items())
-    print(f"{name:10}  minus {versus}, paired: {'  '.join(texts)}")
-
-
-def read_scores(path, items, protocols):
-    """Another model's --out -> {protocol: [its line of each item]}; ValueError unless it scored
-    these items by these protocols."""
-    lines = read_json(path).get("items", [])
-    if [line.get("ind") for line in lines] != [item["ind"] for item in items]:
-        raise ValueError(f"{path} is of other items: take the same --data, --limit and --seed")
-    found = {name: [line.get(name, {}) for line in lines] for name in protocols}
-    for name, scores in found.items():
-        if not all({"pred_norm", "bpb", "margin"} <= score.keys() for score in scores):
-            raise ValueError(f"{path} has no {name} scores with bpb: make it anew")
-    return found
-
-
 def main():
     config = cli.parse(Config)
-    if config.out:
-        os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
-        if os.path.isdir(config.out):
-            raise ValueError(
-                f"--out {config.out} is a folder; name a file: {config.out}/score.json"
-            )
-    items = load_items(config.data, config.limit, config.seed)
-    device = pick_device(config.device)
-    tune_cpu(device)
-    protocols = list(PROTOCOLS) if config.protocol == "both" else [config.protocol]
-    versus = read_scores(config.versus, items, protocols) if config.versus else {}
-    model = GPT.from_pretrained(config.checkpoint).to(device)
-    vocab = vocabulary_of(config.checkpoint, model.config) or N_VOCAB  # which predict refuses
-    result = {"n": len(items)}
-    lines = [{"ind": item["ind"], "label": item["label"]} for item in items]
-    for name in protocols:
-        examples = tokenize_items(items, name, vocab)
-        with autocast(device, pick_dtype(config.dtype, device)):
-            score, found = score_examples(model, examples, config.batch_tokens, name, vocab)
-        result[name] = {key: value for key, value in score.items() if key != "n"}
-        for line, values in zip(lines, found, strict=True):
-            line[name] = values
-        show(name, score)
-        if versus:
-            labels = [item["label"] for item in items]
-            result[name]["versus"] = paired(found, versus[name], labels)
-            show_paired(name, result[name]["versus"], config.versus)
-    if config.out:
-        with write_beside(config.out) as file:
-            file.write(json.dumps(result | {"items": lines}).encode())
+    protocols = PROTOCOLS if config.protocol == "both" else [config.protocol]
+    evaluate_checkpoint(
+        config,
+        lambda: load_items(config.data, config.limit, config.seed),
+        {name: partial(tokenize_items, protocol=name) for name in protocols},
+    )
 
 
 if __name__ == "__main__":

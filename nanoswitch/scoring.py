@@ -50,12 +50,20 @@ def join(context, ending, eot):
     return Row((*context, *ending), len(ending))
 
 
+def as_one_text(context, endings, encode, eot):
+    """Texts -> a Row of each ending after the context and a space, as lm-evaluation-harness makes
+    them: encoded as one text, cut where the context's own tokens end."""
+    length = len(encode(context.rstrip()))  # its trailing spaces belong to the ending
+    texts = [encode(f"{context} {ending}") for ending in endings]
+    return [join(ids[:length], ids[length:], eot) for ids in texts]
+
+
 # ----------------------------------------------------------------------------- losses
 
 
 def evaluate(model, examples, batch_tokens=0, rank=0, world=1, vocab=N_VOCAB):
-    """Score the examples -> {"n", "acc", "acc_norm", "se", "bpb", "bpb_se", "margin", "margin_se"};
-    the first se is of acc_norm.
+    """Score the examples -> {"n"; "acc", "acc_norm", "bpb", "margin"; of each its standard error,
+    NAME_se, of acc_norm "se"}.
 
     Runs on the model's device under the caller's autocast, in eval mode, and puts the mode back.
     With world > 1 each rank calls it with all examples: it scores examples[rank::world] and sums
@@ -83,6 +91,17 @@ def ending_losses(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
 
     progress: what to write before a progress bar; empty shows none. vocab: that of the examples;
     ValueError when it is not the model's."""
+    fitted = fit(model, examples, progress, vocab)
+    pairs = list(zip(examples, fitted, strict=True))
+    losses = score_rows(model, {row for rows in fitted for row in rows}, batch_tokens, progress)
+    loss = table([[losses[row] for row in rows] for rows in fitted], math.inf)
+    norm = table([example.chars or [row.scored for row in rows] for example, rows in pairs], 1.0)
+    return torch.stack((loss, loss / norm), dim=1)
+
+
+def fit(model, examples, progress="", vocab=N_VOCAB):
+    """Each example's rows, no longer than the model's positions; with `progress` a notice says how
+    many it cuts. ValueError when the vocabulary is not the model's."""
     config = model.config
     if trained_vocabulary(config) != vocab:
         raise ValueError(
@@ -90,15 +109,11 @@ def ending_losses(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
         )
     longest = math.inf if model.extrapolates else config.block_size
     fitted = [[cut(row, longest) for row in example.rows] for example in examples]
-    pairs = list(zip(examples, fitted, strict=True))
-    changed = sum(example.rows != rows for example, rows in pairs)
+    changed = sum(example.rows != rows for example, rows in zip(examples, fitted, strict=True))
     if progress and changed:
         note = f"{changed} items are longer than this model's {longest} positions: cut on the left"
         print(f"{progress}: {note}", file=sys.stderr)
-    losses = score_rows(model, {row for rows in fitted for row in rows}, batch_tokens, progress)
-    loss = table([[losses[row] for row in rows] for rows in fitted], math.inf)
-    norm = table([example.chars or [row.scored for row in rows] for example, rows in pairs], 1.0)
-    return torch.stack((loss, loss / norm), dim=1)
+    return fitted
 
 
 def table(lists, fill):
@@ -117,8 +132,9 @@ def cut(row, longest):
 
 @torch.no_grad()
 @sdpa_kernel(ANY_LENGTH)
-def score_rows(model, rows, batch_tokens=0, progress=""):
-    """A set of Rows -> {row: the summed cross entropy of its ending in nats}.
+def score_rows(model, rows, batch_tokens=0, progress="", score=None):
+    """A set of Rows -> {row: the summed cross entropy of its ending in nats}, or what `score`, in
+    summed_losses' place, makes of it.
 
     Equal rows are scored once, so that equal endings tie exactly."""
     device, was_training = next(model.parameters()).device, model.training
@@ -129,14 +145,14 @@ def score_rows(model, rows, batch_tokens=0, progress=""):
     disable = None if progress else True  # None: only on a terminal
     with tqdm(total=len(rows), desc=progress, unit="row", disable=disable) as bar:
         for batch in batches(rows, batch_tokens):
-            for part, scores in score_batch(model, batch, batch_tokens, device):
+            for part, scores in score_batch(model, batch, batch_tokens, device, score):
                 losses.update(zip(part, scores, strict=True))
                 bar.update(len(part))
     model.train(was_training)
     return losses
 
 
-def score_batch(model, batch, batch_tokens, device):
+def score_batch(model, batch, batch_tokens, device, score=None):
     """Rows whose contexts are of about one length -> yields (some of the rows, their losses). What
     all of them have of their contexts runs through the model once, its keys and values then serve
     all endings, those of about one length together: half the work of whole rows."""
@@ -159,7 +175,21 @@ def score_batch(model, batch, batch_tokens, device):
             rests = torch.tensor(rests, device=device)[:, :-1]
             x = torch.cat((x, model.features(rests, cache.pick(owner))), dim=1)
         targets = torch.tensor(targets, device=device)
-        yield part, model.token_losses(x, targets).sum(1).tolist()
+        yield part, (score or summed_losses)(model, x, targets)
+
+
+def summed_losses(model, x, targets):
+    """Features (R, T, C) and targets (R, T), -1 where there is none -> a number of nats a row."""
+    return model.token_losses(x, targets).sum(1).tolist()
+
+
+def losses_and_greedy(model, x, targets):
+    """Of each row (its summed loss, whether every target is its position's most probable id)."""
+    wanted = targets >= 0
+    logits = model.logits(model.head_input(x[wanted]))[:, : model.config.vocab_used]
+    hits = torch.ones_like(wanted)
+    hits[wanted] = logits.argmax(1) == targets[wanted]
+    return list(zip(summed_losses(model, x, targets), hits.all(1).tolist(), strict=True))
 
 
 ALIKE = 8  # contexts in a batch differ by less than so many tokens, which every ending repeats
@@ -220,15 +250,17 @@ def add_up(found):
     return torch.cat((found.sum(0), found.square().sum(0)))
 
 
-def summarize(sums, n):
+def summarize(sums, n, names=NAMES):
     """add_up's sums over n examples -> the scores of evaluate."""
     found = {"n": n}
-    for name, total, squares in zip(NAMES, *sums.view(2, len(NAMES)).tolist(), strict=True):
+    for name, total, squares in zip(names, *sums.view(2, len(names)).tolist(), strict=True):
         found[name] = total / n
-        if name != "acc":
-            error = "se" if name == "acc_norm" else f"{name}_se"
-            found[error] = standard_error(total, squares, n)
+        found[error_name(name)] = standard_error(total, squares, n)
     return found
+
+
+def error_name(name):
+    return "se" if name == "acc_norm" else f"{name}_se"
 
 
 def standard_error(total, squares, n):
@@ -249,14 +281,33 @@ def score_examples(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
     return summarize(add_up(found), len(examples)), lines
 
 
-def paired(ours, theirs, labels):
-    """Two models' items [{"pred_norm", "bpb", "margin"}] -> {name: (mean difference, ours minus
-    theirs, its standard error)}: items that both find hard or easy drop out."""
-    found = {}
-    for name in NAMES[1:]:
+def score_words(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
+    """Examples of one ending each -> {"n", "acc", "acc_se", "bpb", "bpb_se"} and of each {"pred",
+    "bpb"}. acc: whether greedy decoding writes the ending; pred: 0, the ending, or -1, another.
 
-        def value(line, label, name=name):
-            return float(line["pred_norm"] == label) if name == "acc_norm" else line[name]
+    The options are those of ending_losses."""
+    rows = [row for (row,) in fit(model, examples, progress, vocab)]
+    scores = score_rows(model, set(rows), batch_tokens, progress, losses_and_greedy)
+    lines = []
+    for row, example in zip(rows, examples, strict=True):
+        loss, greedy = scores[row]
+        lines.append(dict(pred=greedy - 1, bpb=loss / math.log(2) / example.bytes[0]))
+    found = [[float(line["pred"] == 0), line["bpb"]] for line in lines]
+    sums = add_up(torch.tensor(found, dtype=torch.float64))
+    return summarize(sums, len(examples), ("acc", "bpb")), lines
+
+
+def paired(ours, theirs, labels):
+    """Two models' items as score_examples or score_words returns them -> {name: (mean difference,
+    ours minus theirs, its standard error)}: items that both find hard or easy drop out."""
+    predictions, found = {"acc": "pred", "acc_norm": "pred_norm"}, {}
+    for name in NAMES:
+        key = predictions.get(name, name)
+        if key not in ours[0]:
+            continue
+
+        def value(line, label, name=name, key=key):
+            return float(line[key] == label) if name in predictions else line[key]
 
         both = zip(ours, theirs, labels, strict=True)
         diffs = [value(our, label) - value(their, label) for our, their, label in both]

@@ -13,9 +13,7 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from builders import GPT2_VOCABULARY, grown, tiny, write_jsonl, write_step
 from hub_server import point_client_at, serve
+from peer_harness import as_transformers, harness_scores, parity_model
 from scipy.stats import ttest_rel
 
 import hellaswag
 from hellaswag import load_items, tokenize_items
 from nanoswitch import cli, scoring
 from nanoswitch.scoring import evaluate, predict, score_examples, score_rows
-from nanoswitch.tokenizer import get_tokenizer, vocabulary_files
+from nanoswitch.tokenizer import get_tokenizer
 
 
 def item(**changes):
@@ -223,7 +222,7 @@ def test_predictions_equal_an_unbatched_loop(protocol, config):
     p = score["acc_norm"]
     assert score["n"] == 8 and score["se"] == pytest.approx(math.sqrt(p * (1 - p) / 7))
     assert list(score) == [
-        "n", "acc", "acc_norm", "se", "bpb", "bpb_se", "margin", "margin_se"
+        "n", "acc", "acc_se", "acc_norm", "se", "bpb", "bpb_se", "margin", "margin_se"
     ]  # fmt: skip
     lines = score_examples(model, examples)[1]
     bits = [bits_by_hand(model, record, protocol) for record in items]
@@ -266,7 +265,7 @@ def test_another_models_scores_are_compared_item_by_item(tmp_path, monkeypatch, 
         assert mean == pytest.approx(b["completion"][name] - a["completion"][name])
         assert mean / error == pytest.approx(ttest_rel(*values).statistic)
         assert error < math.hypot(b["completion"][f"{name}_se"], a["completion"][f"{name}_se"])
-    assert f"minus {tmp_path / 'a.json'}, paired: acc_norm" in capsys.readouterr().out
+    assert f"minus {tmp_path / 'a.json'}, paired: acc " in capsys.readouterr().out
     for changed, words in ((("--limit", 5), "other items"), (("--protocol", "both"), "no harness")):
         with pytest.raises(SystemExit):
             command(monkeypatch, tmp_path / "b", *flags, *versus, *changed)
@@ -482,9 +481,10 @@ def test_command_writes_both_scores_and_every_prediction(files, tmp_path, monkey
         (r["ind"], r["label"]) for r in items
     ]
     for line, protocol in zip(printed, ("completion", "harness"), strict=True):
-        scores = ["acc", "acc_norm", "se", "bpb", "bpb_se", "margin", "margin_se"]
-        assert list(result[protocol]) == scores
-        assert re.match(rf"{protocol} +acc 0\.\d{{4}}  acc_norm 0\.\d{{4}} ± 0\.\d{{4}}", line)
+        scores = ["acc", "acc_se", "acc_norm", "se", "bpb", "bpb_se", "margin", "margin_se"]
+        assert list(result[protocol]) == [*scores, "chance"] and result[protocol]["chance"] == 0.25
+        number = r"0\.\d{4} ± 0\.\d{4}"
+        assert re.match(rf"{protocol} +acc {number}  acc_norm {number}  bits per byte ", line)
         pairs = predict(scorer(), tokenize_items(items, protocol)).tolist()
         names = ("pred", "pred_norm")
         assert [[i[protocol][name] for name in names] for i in result["items"]] == pairs
@@ -515,71 +515,36 @@ def official():
     return os.path.abspath(path)
 
 
-def as_transformers(model):
-    """Our GPT -> the equal transformers.GPT2LMHeadModel, by way of its own names and layout."""
-    transformers = pytest.importorskip("transformers")
-    c = model.config
-    size = dict(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd)
-    shape = dict(n_layer=c.n_layer, n_head=c.n_head)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, **shape)).eval()
-    conv = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    weights = {k: v.t() if k.endswith(conv) else v for k, v in model.state_dict().items()}
-    theirs.load_state_dict(weights)
-    return theirs
-
-
-def parity_model(std, seed):
-    return scorer(std, seed, vocab_size=50257, block_size=1024, n_head=4, n_embd=64).eval()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("std", [0.02, 0.2])
 def test_every_item_as_lm_evaluation_harness_scores_it(official, std, tmp_path):
-    lm_eval = pytest.importorskip("lm_eval")
-    import numpy as np
-    import transformers
-    from lm_eval.models.huggingface import HFLM
-
+    pytest.importorskip("lm_eval")
     model = parity_model(std, seed=1)
-    as_transformers(model).save_pretrained(tmp_path)
-    vocabulary = vocabulary_files()[1]
-    shutil.copy(vocabulary["encoder.json"], tmp_path / "vocab.json")
-    shutil.copy(vocabulary["vocab.bpe"], tmp_path / "merges.txt")
-    tokenizer = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
-
-    yaml = Path(lm_eval.__file__).parent / "tasks/hellaswag/hellaswag.yaml"
-    (tmp_path / "local").mkdir()
-    (tmp_path / "local/local.yaml").write_text(
-        f"include: {yaml}\ntask: hellaswag_local\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{validation: {official}}}}}\ntraining_split: null\n"
-    )
-    result = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=str(tmp_path), tokenizer=tokenizer, device="cpu", batch_size=32),
-        tasks=["hellaswag_local"],
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path / "local")),
-        bootstrap_iters=1,
-    )
+    yaml = "hellaswag/hellaswag.yaml"
+    theirs, samples = harness_scores(model, tmp_path, yaml, "validation", official)
     items = load_items(official)
     examples = tokenize_items(items, "harness")
-    predictions = predict(model, examples)
-    samples = sorted(result["samples"]["hellaswag_local"], key=lambda s: s["doc_id"])
-    assert len(samples) == len(items)
-    few = {row for example in examples[:20] for row in example.rows}
-    losses = score_rows(model, few)
-    differ, furthest = 0, 0.0
-    for sample, example, prediction in zip(samples, examples, predictions.tolist(), strict=True):
+    ours, lines = score_examples(model, examples)
+    losses = score_rows(model, {row for example in examples for row in example.rows})
+    differ, furthest, bits = 0, 0.0, 0.0
+    for sample, example, line in zip(samples, examples, lines, strict=True):
         loglik = np.array([float(answer[0]) for answer in sample["filtered_resps"]])
         chars = np.array([len(choice) for choice in sample["doc"]["choices"]])
         assert example.chars == chars.tolist()
-        theirs = [int(loglik.argmax()), int((loglik / chars).argmax())]
+        prediction = [line["pred"], line["pred_norm"]]
+        theirs_of = [int(loglik.argmax()), int((loglik / chars).argmax())]
         hits = [float(pred == example.label) for pred in prediction]
-        differ += prediction != theirs or hits != [sample["acc"], sample["acc_norm"]]
+        differ += prediction != theirs_of or hits != [sample["acc"], sample["acc_norm"]]
         for row, value in zip(example.rows, loglik, strict=True):
-            furthest = max(furthest, abs(losses.get(row, -value) + value))
-    ours = score_examples(model, examples)[0]
-    theirs = result["results"]["hellaswag_local"]
-    print(f"\nstd {std}: {len(items)} items, {differ} differ, losses within {furthest:.1e}, {ours}")
-    assert differ == 0 and furthest < 1e-2
+            furthest = max(furthest, abs(losses[row] + value))
+        size = len(sample["doc"]["choices"][example.label].encode())
+        bpb = -loglik[example.label] / math.log(2) / size
+        bits = max(bits, abs(line["bpb"] - bpb))
+    print(
+        f"\nstd {std}: {len(items)} items, {differ} differ, losses within {furthest:.1e}, ", end=""
+    )
+    print(f"bits per byte within {bits:.1e}, {ours}")
+    assert differ == 0 and furthest < 1e-2 and bits < 1e-4
     names = {"acc": "acc,none", "acc_norm": "acc_norm,none", "se": "acc_norm_stderr,none"}
     assert {k: theirs[v] for k, v in names.items()} == pytest.approx({k: ours[k] for k in names})
 

@@ -13,8 +13,8 @@ LAYERS = """
     files registry cli device | kernels cache loss generation | model | counts | tokenizer shards
     streams readers pydocs windows hub web weights hf foreign load surgery | checkpoints
     tracker log stats curves best optimizers parallel micro_batch cards compiled progress
-    signals scoring decode publish export | fineweb hellaswag sample | train_gpt2 sweep tune study
-    ladder lengths report card_checks first_card | compare bench app switches prove
+    signals scoring evaluation decode publish export | fineweb hellaswag tasks sample | train_gpt2
+    sweep tune study ladder lengths report card_checks first_card | compare bench app switches prove
 """
 ORDER = LAYERS.replace("|", " ").split()
 LAZY = {("model", "from_pretrained", "load")}  # the one that nanoGPT's users type

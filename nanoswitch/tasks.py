@@ -3,16 +3,16 @@
 Checkpoint -> score on a task that tells small models apart, from a local file (json lines, also
 .gz, or parquet) in the format of its authors or of the hub:
 
-arc_easy  AI2's ARC (Clark et al. 2018, arXiv 1803.05457): a question and its choices
-piqa      PIQA (Bisk et al. 2020, arXiv 1911.11641): a goal and two solutions, with the label
-blimp     BLiMP (Warstadt et al. 2020, arXiv 1912.00582): which of two sentences is English?
-lambada   LAMBADA (Paperno et al. 2016, arXiv 1606.06031): the last word of a text
+    arc_easy  AI2's ARC (Clark et al. 2018, arXiv 1803.05457): a question and its choices
+    piqa      PIQA (Bisk et al. 2020, arXiv 1911.11641): a goal and two solutions, with the label
+    blimp     BLiMP (Warstadt et al. 2020, arXiv 1912.00582): which of two sentences is English?
+    lambada   LAMBADA (Paperno et al. 2016, arXiv 1606.06031): the last word of a text
 
 Texts and tokens are lm-evaluation-harness's (its lambada is lambada_openai), and so are acc, the
 answer of the lowest summed loss, and acc_norm, the lowest loss per character. LAMBADA's acc: greedy
 decoding writes the word. bpb is the right answer's bits per byte, margin by how much more the best
-wrong answer costs: see hellaswag.py. Errors are standard errors over items. Chance is the mean of
-1 / the number of answers.
+wrong answer costs: see hellaswag.py. Errors are standard errors over items; chance is the mean of 1
+over the number of answers.
 """
 
 from dataclasses import dataclass

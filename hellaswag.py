@@ -24,13 +24,7 @@ from functools import partial
 from typing import Literal
 
 from nanoswitch import cli
-from nanoswitch.evaluation import (
-    Evaluation,
-    check_fields,
-    evaluate_checkpoint,
-    read_items,
-    sample,
-)
+from nanoswitch.evaluation import Evaluation, check_fields, evaluate_checkpoint, read_items, sample
 from nanoswitch.hub import hub_download
 from nanoswitch.scoring import Example, as_one_text, join, utf8
 from nanoswitch.tokenizer import EOT, N_VOCAB, get_tokenizer

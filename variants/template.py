@@ -31,7 +31,7 @@ class Template(Attention):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        start = config.own_settings["template"]["start"]
+        start = config.own_settings["template"]["start"]  # by the file's name
         self.scale = HeadScale(torch.full((self.nh,), start), self.hs)
 
     def output(self, y, x, carry):

@@ -52,6 +52,6 @@ def harness_scores(model, folder, yaml, split, data):
         model=HFLM(pretrained=str(folder), tokenizer=tokenizer, device="cpu", batch_size=32),
         tasks=["local"],
         task_manager=lm_eval.tasks.TaskManager(include_path=str(folder / "tasks")),
-        bootstrap_iters=1,
+        bootstrap_iters=2,  # of the perplexity: one has no standard deviation
     )
     return found["results"]["local"], sorted(found["samples"]["local"], key=lambda s: s["doc_id"])

@@ -186,7 +186,7 @@ def summed_losses(model, x, targets):
 def losses_and_greedy(model, x, targets):
     """Of each row (its summed loss, whether every target is its position's most probable id)."""
     wanted = targets >= 0
-    logits = model.logits(model.head_input(x[wanted]))[:, : model.config.vocab_used]
+    logits = model.logits(model.as_products(x[wanted]))[:, : model.config.vocab_used]
     hits = torch.ones_like(wanted)
     hits[wanted] = logits.argmax(1) == targets[wanted]
     return list(zip(summed_losses(model, x, targets), hits.all(1).tolist(), strict=True))

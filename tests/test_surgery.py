@@ -444,7 +444,6 @@ def test_a_comparison_takes_the_checkpoints_shape(run, data, tmp_path):
     configs = [tmp_path / "pooled.toml", tmp_path / "new.toml"]
     assert "runs      2" in compare_command(*configs, *flags, "--plan", "true").stdout
     compare_command(*configs, *flags, "--out", tmp_path / "out")
-    compare_command(*configs, *flags, "--out", tmp_path / "out")  # goes on where there is nothing
     rows = json.loads((tmp_path / "out/results.json").read_text())["configs"]
     C, hs, V = 16, 4, 50304
     attention = C * (C + 2 * hs) + (C + 2 * hs) + C * C + C

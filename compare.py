@@ -37,9 +37,10 @@ from nanoswitch.counts import flops_per_token, kv_bytes_per_token, on_meta
 from nanoswitch.curves import draw, draw_ladder, draw_searches, mean_curve
 from nanoswitch.files import locked, write_beside
 from nanoswitch.lengths import lengths_table, score_lengths
-from nanoswitch.log import read_run
-from nanoswitch.progress import clock, short
+from nanoswitch.log import LOSSES, read_run
+from nanoswitch.progress import clock, markdown, short
 from nanoswitch.report import page
+from nanoswitch.scoring import at_chance
 from nanoswitch.study import MUST_AGREE, Study, check_fair, merge, name_of, read_entries, show_plan
 from nanoswitch.sweep import INCIDENTAL
 from train_gpt2 import TrainConfig
@@ -154,10 +155,8 @@ def check_runs(groups):
         if len({run.seed for run in runs}) < len(runs):
             raise ValueError(f"{name} has two runs with the same seed: move one elsewhere")
         for run in runs[1:]:
-            if (
-                len(kinds := {of.start["dtype"] for of in (run, runs[0]) if "dtype" in of.start})
-                > 1
-            ):
+            kinds = {of.start["dtype"] for of in (run, runs[0]) if "dtype" in of.start}
+            if len(kinds) > 1:
                 listed = " and in ".join(sorted(kinds))
                 raise ValueError(f"{name} has runs in {listed}: they are no seeds of one config")
             for key in sorted({*run.config, *runs[0].config} - INCIDENTAL - {"seed"}):
@@ -276,7 +275,6 @@ def verdict(diff):
 
 # ----------------------------------------------------------------------------- the table
 
-LOSSES = {"val_loss": "validation loss", "val_bpb": "bits per byte"}
 LEADS = {"val_loss": LOSSES, "val_bpb": dict(reversed(LOSSES.items()))}  # what stands first
 UNITS = {"val_loss": "nats", "val_bpb": "bits per byte"}
 
@@ -298,7 +296,7 @@ def hellaswag_cells(score):
     """Accuracy, marked where it does not stand out from 1 of 4, and bits per byte."""
     if not score:
         return "-", "-"
-    chance = "" if score["acc_norm"] - 0.25 > 2 * score["se"] else ", at chance"
+    chance = ", at chance" if at_chance(score["acc_norm"], score["se"], 0.25) else ""
     acc = f"{score['acc_norm']:.4f} ± {score['se']:.4f} (n {score['n']:,}{chance})"
     bits = f"{score['bpb']:.4f} ± {score['bpb_se']:.4f}" if "bpb" in score else "-"
     return acc, bits
@@ -345,13 +343,12 @@ def table(found, match, unfinished):
     """results()'s dict -> results.md."""
     configs, first = found["configs"], found["first"]
     head, rows = grid(found)
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     differs = [
         f"- {name}: {', '.join(f'{k} {v}' for k, v in row['differs_in'].items()) or 'nothing'}"
         for name, row in configs.items()
         if name != first
     ]
-    parts = ["\n".join(lines), *notes_of(found, match, unfinished), "![curves](curves.png)"]
+    parts = [markdown(head, rows), *notes_of(found, match, unfinished), "![curves](curves.png)"]
     if differs:
         parts += [f"Where a config differs from {first}:", "\n".join(differs)]
     return "\n\n".join(parts) + "\n"

@@ -573,10 +573,6 @@ class Residual(nn.Module):
         x = x + attn(ln_1(x))
         return x + mlp(ln_2(x))
 
-    def uses(self, T):
-        """How often each weight is multiplied for one token of T."""
-        return 1
-
 
 RESIDUALS = Table("residual", {"plain": Residual})
 

@@ -10,7 +10,6 @@ Run the same command again to continue a run from its last checkpoint.
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import math
 import sys
@@ -56,7 +55,7 @@ from nanoswitch.shards import val_text
 from nanoswitch.signals import StopSignal
 from nanoswitch.tokenizer import bits_per_byte, get_tokenizer, token_bytes
 from nanoswitch.weights import read_safetensors
-from nanoswitch.windows import open_windows
+from nanoswitch.windows import data_sha256, open_windows
 
 SAMPLE_PROMPT = "Hello, I'm a language model,"
 
@@ -251,7 +250,7 @@ class Plan:
 
     @functools.cached_property
     def data_sha256(self):
-        return hashlib.sha256(self.train.some() + self.val.some()).hexdigest()
+        return data_sha256(self.train, self.val)
 
     def rate(self, step):
         """The learning rate of update `step`, 0-based."""

@@ -126,9 +126,12 @@ def read_toml(path):
     for name, value in table.items():
         if isinstance(value, (dict, list)):
             fail(f"{path}: '{name}' must be one value, not a table or list", status=2)
-    # TOML's true is --name true
-    text = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in table.items()}
-    return [(f"{path}: {name}", name, value) for name, value in text.items()]
+    return [(f"{path}: {name}", name, as_flag(value)) for name, value in table.items()]
+
+
+def as_flag(value):
+    """A value as one types it: TOML's true is --name true."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check_name(origin, name, names):

@@ -18,7 +18,7 @@ from model import GPT
 from nanoswitch.device import autocast, pick_device, pick_dtype, tune_cpu
 from nanoswitch.files import pointer_hint, read_json, write_beside
 from nanoswitch.load import vocabulary_of
-from nanoswitch.scoring import NAMES, error_name, paired, score_examples
+from nanoswitch.scoring import NAMES, at_chance, error_name, paired, score_examples
 from nanoswitch.tokenizer import N_VOCAB
 
 
@@ -160,7 +160,7 @@ def show(name, score):
         value, error = score[what], score[error_name(what)]
         shown = f"{value:+.4f}" if what == "margin" else f"{value:.4f}"
         texts.append(f"{'bits per byte' if what == 'bpb' else what} {shown} ± {error:.4f}")
-        if what.startswith("acc") and value - score["chance"] <= 2 * error:
+        if what.startswith("acc") and at_chance(value, error, score["chance"]):
             weak.append(what)
     note = f" ({' and '.join(weak)} at chance, {score['chance']:.4f})" if weak else ""
     print(f"{name:10}  {'  '.join(texts)}  n {score['n']:,}{note}")

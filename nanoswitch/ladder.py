@@ -21,7 +21,8 @@ import numpy as np
 from model import GPTConfig
 from nanoswitch import cli
 from nanoswitch.counts import num_params
-from nanoswitch.progress import short
+from nanoswitch.log import LOSSES
+from nanoswitch.progress import markdown, short
 from nanoswitch.study import Study, flat, model_of, name_of, read_entries
 from train_gpt2 import TrainConfig
 
@@ -244,9 +245,9 @@ def read_rule(path):
     if "widths" not in table:
         raise ValueError(f"{path} has no widths, such as widths = [96, 128, 192]")
     own = {name: value for name, value in table.items() if name in kinds}
-    text = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in table.items()}
+    held = {name: cli.as_flag(value) for name, value in table.items() if name not in kinds}
     try:
-        return Rule(**own, flags={k: v for k, v in text.items() if k not in kinds})
+        return Rule(**own, flags=held)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -439,7 +440,7 @@ def tables(found):
     """found()'s dict -> [(title, head, rows, notes)]: every size, the trends, the rates."""
     curves, sizes, rule = found["curves"] or {}, found["sizes"], found["rule"]
     metric = sizes[0]["results"]["metric"]
-    unit = "bits per byte" if metric == "val_bpb" else "validation loss"
+    unit = LOSSES[metric]
     head = ["config", "n_embd", "parameters", "tokens", "FLOPs", "lr", unit, "difference",
             "verdict", "gain at equal FLOPs", "gain at equal tokens"]  # fmt: skip
     rows = []
@@ -527,8 +528,7 @@ def text(found):
     """results.md's part about a ladder."""
     parts = []
     for title, head, rows, notes in tables(found):
-        lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-        parts += [f"## {title}", "\n".join(lines), *notes]
+        parts += [f"## {title}", markdown(head, rows), *notes]
     return "\n" + "\n\n".join([*parts, "![ladder](ladder.png)"]) + "\n"
 
 

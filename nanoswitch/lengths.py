@@ -7,6 +7,7 @@ import torch
 
 from model import GPT
 from nanoswitch.device import autocast, pick_device, pick_dtype
+from nanoswitch.progress import markdown
 from nanoswitch.shards import load_shards, match_vocabulary
 from nanoswitch.windows import Windows
 
@@ -47,16 +48,16 @@ def score_length(run, T):
 def lengths_table(found):
     """score_lengths()'s dict -> lengths.md."""
     lengths = list(next(iter(found.values())))
-    lines = [["config", *(f"T = {T:,}" for T in lengths)], ["---"] * (1 + len(lengths))]
+    head, rows = ["config", *(f"T = {T:,}" for T in lengths)], []
     for name, losses in found.items():
         cells = [name]
         for T in lengths:
             seeds = losses.get(T)
             spread = f" ± {statistics.stdev(seeds):.4f}" if seeds and len(seeds) > 1 else ""
             cells.append(f"{statistics.fmean(seeds):.4f}{spread}" if seeds else "-")
-        lines.append(cells)
+        rows.append(cells)
     note = (
         "Validation loss of the last checkpoints at contexts up to and beyond the trained one, the "
         "same tokens at every length, mean ± standard deviation over seeds."
     )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{note}\n"
+    return f"{markdown(head, rows)}\n\n{note}\n"

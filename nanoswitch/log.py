@@ -19,6 +19,7 @@ from nanoswitch.files import write_beside
 from nanoswitch.tracker import Tracker
 
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient before a run gives up
+LOSSES = {"val_loss": "validation loss", "val_bpb": "bits per byte"}  # in the words of a table
 SPIKE = 5.0  # standard deviations above the mean of the last 100 losses
 
 

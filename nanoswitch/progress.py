@@ -83,6 +83,11 @@ class Meter:
             self.begin = time.perf_counter()
 
 
+def markdown(head, rows):
+    """A table's head and rows, lists of texts -> Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
 def short(number):
     """1234567 -> 1.23M, 65432 -> 65.4k: three digits that fit a progress line."""
     for size, unit in ((1e6, "M"), (1e3, "k")):

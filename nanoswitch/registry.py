@@ -7,6 +7,7 @@ This is the plug-in rule: no file of ours names a variant's module, so imports s
 """
 
 import difflib
+import functools
 import importlib
 import re
 import traceback
@@ -45,7 +46,15 @@ def variants():
 
 def flags_of(name):
     """The switches that a variant's file is for, by its lines; it is not imported."""
-    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8", errors="replace")
+    path = FOLDER / f"{name}.py"
+    return flags_in(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def flags_in(path, changed):
+    """flags_of, read once for every time that the file was `changed`: each parsed command line asks
+    for all files five times and more."""
+    text = path.read_text(encoding="utf-8", errors="replace")
     return re.findall(r"^(pos|norm|mlp|attention|residual) = ", text, re.MULTILINE)
 
 

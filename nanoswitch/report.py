@@ -7,6 +7,7 @@ import re
 import shlex
 
 from model import GPTConfig
+from nanoswitch.log import LOSSES
 from train_gpt2 import TrainConfig
 
 STYLE = """
@@ -161,7 +162,7 @@ def page(found, tables, groups, pictures):
         parts.append(f"<h2>{html.escape(heading)}</h2>{grid(head, rows)}")
         parts += [f"<p>{html.escape(note)}</p>" for note in notes]
     metric = found["metric"]
-    unit = "bits per byte" if metric == "val_bpb" else "validation loss"
+    unit = LOSSES[metric]
     parts.append(f"<h2>Every seed's {unit}</h2>{points(found['configs'], metric)}")
     if "tuned" in found:
         flag = html.escape(found["search"]["flag"])

@@ -263,6 +263,11 @@ def error_name(name):
     return "se" if name == "acc_norm" else f"{name}_se"
 
 
+def at_chance(accuracy, error, chance):
+    """Whether an accuracy does not stand out from guessing by two standard errors."""
+    return accuracy - chance <= 2 * error
+
+
 def standard_error(total, squares, n):
     """Of the mean of n numbers with this sum and sum of squares."""
     return math.sqrt(max(0.0, squares - total * total / n) / max(n - 1, 1) / n)

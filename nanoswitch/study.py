@@ -4,7 +4,6 @@ seeds that are added until they tell; and, before any of it, what that costs."""
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
 import math
 import os
@@ -24,7 +23,7 @@ from nanoswitch.progress import clock, short
 from nanoswitch.shards import load_shards, val_text
 from nanoswitch.sweep import Job, check_seen, sweep
 from nanoswitch.tokenizer import N_VOCAB
-from nanoswitch.windows import Windows
+from nanoswitch.windows import Windows, data_sha256
 from train_gpt2 import TrainConfig, read_flags
 
 OF_TOKENS = ("vocab_used", "val_tokens", "data_dir", "data")  # differ between vocabularies
@@ -280,15 +279,15 @@ def seen_here(flags):
     dtype = pick_dtype(flags["dtype"], pick_device(flags["device"]))
     seen = {"dtype": str(dtype)[6:]}
     with contextlib.suppress(ValueError):  # of what is wrong with the data, the run tells more
-        seen["data_sha256"] = data_sha256(flags["data_dir"], flags["block_size"])
+        seen["data_sha256"] = sha256_of(flags["data_dir"], flags["block_size"])
     return seen
 
 
 @functools.lru_cache(maxsize=8)
-def data_sha256(folder, block_size):
-    """train_gpt2.py's."""
+def sha256_of(folder, block_size):
+    """data_sha256 of a folder of shards."""
     splits = [Windows(load_shards(folder, split), block_size, N_VOCAB) for split in SPLITS]
-    return hashlib.sha256(b"".join(windows.some() for windows in splits)).hexdigest()
+    return data_sha256(*splits)
 
 
 def merge(out, other, entries):

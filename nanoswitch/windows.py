@@ -1,6 +1,7 @@
 """Shards -> batches. Batch i of a run is a pure function of (seed, i): a seeded permutation over
 all windows of all shards, computed and never stored."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -73,6 +74,11 @@ class Windows:
         """The bytes of 64 windows all over the stream, however it is cut into shards."""
         numbers = np.unique(np.linspace(0, self.count - 1, 64).astype(np.int64))
         return self.read(numbers)[0].numpy().tobytes()
+
+
+def data_sha256(*splits):
+    """The hash of what Windows hold, all over each: that of the same data, however it is cut."""
+    return hashlib.sha256(b"".join(windows.some() for windows in splits)).hexdigest()
 
 
 def open_windows(folder, split, model_config):

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+import test_study
 from scipy.optimize import curve_fit
 from test_compare import ROOT, command
 
@@ -126,29 +127,21 @@ GAIN = {"a": 1.0, "b": 1.5}  # what b gets out of its compute
 BEST = {"a": 0.01, "b": 0.02}  # each config's best rate at the smallest width
 
 
-class Trainer:
-    """Stands in for sweep(): writes the logs of jobs, in all `most` of them, then is killed."""
+class Trainer(test_study.Trainer):
+    """With the losses of two configs at every size."""
 
     def __init__(self, most=10**9, power=-0.5):
-        self.most, self.power, self.trained = most, power, []
+        super().__init__(most=most)
+        self.power = power
 
-    def __call__(self, jobs, at_once):
-        for job in [job for job in jobs if not job.done()]:
-            if len(self.trained) == self.most:
-                raise KeyboardInterrupt
-            self.trained.append(str(job.folder))
-            job.folder.mkdir(parents=True)
-            config, steps = job.config, job.config["max_steps"]
-            model = study.model_of(config)
-            compute = flops_per_token(on_meta(model)) * steps * config["total_batch_tokens"]
-            best = BEST[job.name] * (config["n_embd"] / WIDTHS[0]) ** self.power
-            luck = random.Random(f"{job.folder.name} {config['n_embd']} {job.name}").gauss(0, 0.002)
-            loss = loss_at(compute * GAIN[job.name]) + math.log(config["lr"] / best) ** 2 + luck
-            start = {"event": "start", "step": 0, "config": config, "steps": steps} | job.seen
-            lines = [start | {"parameters": num_params(model)}, {"step": steps, "val_loss": loss}]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            (job.folder / "log.jsonl").write_text(text)
-        return []
+    def result(self, job):
+        config, model = job.config, study.model_of(job.config)
+        steps = config["max_steps"]
+        compute = flops_per_token(on_meta(model)) * steps * config["total_batch_tokens"]
+        best = BEST[job.name] * (config["n_embd"] / WIDTHS[0]) ** self.power
+        luck = random.Random(f"{job.folder.name} {config['n_embd']} {job.name}").gauss(0, 0.002)
+        loss = loss_at(compute * GAIN[job.name]) + math.log(config["lr"] / best) ** 2 + luck
+        return num_params(model), {steps: loss}
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ from nanoswitch.lengths import lengths_table, score_lengths
 from nanoswitch.log import LOSSES, read_run
 from nanoswitch.progress import clock, markdown, short
 from nanoswitch.report import page
-from nanoswitch.scoring import at_chance
+from nanoswitch.scoring import NAMES, at_chance
 from nanoswitch.study import MUST_AGREE, Study, check_fair, merge, name_of, read_entries, show_plan
 from nanoswitch.sweep import INCIDENTAL
 from train_gpt2 import TrainConfig
@@ -222,6 +222,25 @@ def summary(runs):
     }
 
 
+def by_item(runs, theirs):
+    """HellaSwag's figures of Runs minus those of the first config's, over the seeds that both
+    have: {name: {"mean", "se"}}, or None where no such seed kept its items. What both find hard or
+    easy drops out of the error, which is that of items; the spread over seeds is not in it."""
+    kept = {run.seed: run.items() for run in theirs}
+    pairs = [(run.items(), kept.get(run.seed)) for run in runs]
+    diffs = [a - b for a, b in pairs if a is not None and b is not None and len(a) == len(b)]
+    if not diffs:
+        return None
+    values = np.mean(diffs, axis=0)  # (n, 4)
+    errors = (
+        values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else [None] * len(NAMES)
+    )
+    return {
+        name: {"mean": float(mean), "se": None if se is None else float(se)}
+        for name, mean, se in zip(NAMES, values.mean(0), errors, strict=True)
+    }
+
+
 def reaches(runs, loss, metric):
     """When the mean curve of Runs first is at `loss` or below, between validations on a straight
     line -> {"tokens", "s"}, or None if it never is."""
@@ -252,6 +271,8 @@ def results(groups, margin=0.0, wanted=0.0, pool=True):
         row["compute_gain"] = None  # a ladder's
         row["reaches_first"] = reaches(runs, configs[first][metric]["mean"], metric)
         mine, theirs = (about(group[0]) for group in (runs, groups[first]))
+        if row["hellaswag"] and configs[first]["hellaswag"] and name != first:
+            row["hellaswag"]["diff"] = by_item(runs, groups[first])
         row["differs_in"] = {k: v for k, v in sorted(mine.items()) if v != theirs.get(k)}
     runs = [run for of in groups.values() for run in of]
     code = {key: sorted(set(filter(None, map(of, runs)))) for key, of in VERSIONS.items()}
@@ -293,13 +314,20 @@ def grid(found):
 
 
 def hellaswag_cells(score):
-    """Accuracy, marked where it does not stand out from 1 of 4, and bits per byte."""
+    """Accuracy, marked where it does not stand out from 1 of 4, and bits per byte; of both the
+    difference from the first config, paired by item."""
     if not score:
         return "-", "-"
+    diff = score.get("diff") or {}
+
+    def change(name):
+        found = diff.get(name, {"se": None})
+        return "" if found["se"] is None else f"; {found['mean']:+.4f} ± {found['se']:.4f}"
+
     chance = ", at chance" if at_chance(score["acc_norm"], score["se"], 0.25) else ""
     acc = f"{score['acc_norm']:.4f} ± {score['se']:.4f} (n {score['n']:,}{chance})"
     bits = f"{score['bpb']:.4f} ± {score['bpb_se']:.4f}" if "bpb" in score else "-"
-    return acc, bits
+    return acc + change("acc_norm"), bits + change("bpb")
 
 
 def notes_of(found, match, unfinished):
@@ -309,8 +337,8 @@ def notes_of(found, match, unfinished):
     notes = [
         f"Mean ± standard deviation over {' or '.join(map(str, sorted(counts)))} seeds; the "
         "difference is paired by seed. " + about_noise(found) + " HellaSwag ± the standard error "
-        "over its items. Training time holds torch.compile's, and leaves out evaluations and "
-        "checkpoints.",
+        "over its items; behind it the difference from the first, paired by item. Training time "
+        "holds torch.compile's, and leaves out evaluations and checkpoints.",
         "Parameters are matched within 1% by mlp_hidden."
         if match == "params"
         else "Parameters are not matched: a larger model has an advantage.",

@@ -426,7 +426,7 @@ class Trainer(Plan):
         return {"val_bpb": bits_per_byte(loss, tokens, self.val_bytes)}
 
     def hellaswag(self, examples):
-        """HellaSwag by the completion protocol -> scoring.evaluate's figures."""
+        """HellaSwag by the completion protocol -> scoring.evaluate's figures and items."""
         with self.evaluation():
             ranks, vocab, tokens = self.ranks, self.train.vocab, 0
             if self.device.type == "cuda":  # what fits a training step fits here
@@ -586,7 +586,8 @@ def evaluate(trainer, examples, log, done, known=()):
         also = "".join(f", {value:.4f} bits per byte" for value in bpb.values())
         log.say(f"{done:>5}/{last} validation loss {loss:.4f}{also}")
     if examples and done and wanted(config.hellaswag_every, "hellaswag_acc"):
-        score = trainer.hellaswag(examples)
+        score, items = trainer.hellaswag(examples)
+        log.save_items(done, items)
         log.write(step=done, **{f"hellaswag_{k}": v for k, v in score.items()})
         log.say(
             f"{done:>5}/{last} HellaSwag acc_norm {score['acc_norm']:.4f} "

@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import zipfile
 from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from nanoswitch.files import write_beside
 from nanoswitch.tracker import Tracker
 
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient before a run gives up
+ITEMS = "hellaswag_items.npz"  # beside log.jsonl
 LOSSES = {"val_loss": "validation loss", "val_bpb": "bits per byte"}  # in the words of a table
 SPIKE = 5.0  # standard deviations above the mean of the last 100 losses
 
@@ -122,6 +124,12 @@ class Log:
             self.flush()
             os.fsync(self.file.fileno())
 
+    def save_items(self, step, values):
+        """Keep what each HellaSwag item scored at this step, (n, 4) in the order of
+        scoring.NAMES, for comparisons item by item."""
+        if self.file:
+            self.attempt(ITEMS, write_items, self.run / ITEMS, step, values.numpy())
+
     def attempt(self, what, call, *args):
         """call(*args), whose failure costs a warning that names `what`: it is not worth a run."""
         try:
@@ -134,6 +142,11 @@ class Log:
         if self.file:
             with contextlib.suppress(OSError):
                 print(text, flush=True)
+
+
+def write_items(path, step, values):
+    with write_beside(str(path)) as file:
+        np.savez(file, step=step, values=values)
 
 
 def spike(loss, losses):
@@ -217,6 +230,17 @@ class Run:
     def last(self, key):
         _, values = self.curve(key)
         return values[-1] if values else None
+
+    def items(self):
+        """What each HellaSwag item scored last, (n, 4) in the order of scoring.NAMES, or None:
+        older runs have none, and those of another step are none of the log's last score."""
+        try:
+            with np.load(self.folder / ITEMS) as found:
+                step, values = int(found["step"]), found["values"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        steps, counts = self.curve("hellaswag_n")
+        return values if steps and (steps[-1], counts[-1]) == (step, len(values)) else None
 
     def seconds(self, steps):
         """Training time in s after each of the steps: evaluations and checkpoints left out."""

@@ -63,20 +63,21 @@ def as_one_text(context, endings, encode, eot):
 
 def evaluate(model, examples, batch_tokens=0, rank=0, world=1, vocab=N_VOCAB):
     """Score the examples -> {"n"; "acc", "acc_norm", "bpb", "margin"; of each its standard error,
-    NAME_se, of acc_norm "se"}.
+    NAME_se, of acc_norm "se"}, and of each example the four: (n, 4) fp64.
 
     Runs on the model's device under the caller's autocast, in eval mode, and puts the mode back.
-    With world > 1 each rank calls it with all examples: it scores examples[rank::world] and sums
-    are added up over torch.distributed, so that all ranks return the same.
+    With world > 1 each rank calls it with all examples: it scores examples[rank::world] and gets
+    the others over torch.distributed, so that all ranks return the same.
     """
     mine = examples[rank::world]
-    sums = add_up(measures(ending_losses(model, mine, batch_tokens, vocab=vocab), mine))
+    found = torch.zeros(len(examples), len(NAMES), dtype=torch.float64)
+    found[rank::world] = measures(ending_losses(model, mine, batch_tokens, vocab=vocab), mine)
     if world > 1:
         import torch.distributed as dist
 
-        sums = sums.to(next(model.parameters()).device)
-        dist.all_reduce(sums)
-    return summarize(sums, len(examples))
+        found = found.to(next(model.parameters()).device)
+        dist.all_reduce(found)
+    return summarize(add_up(found), len(examples)), found.cpu()
 
 
 def predict(model, examples, batch_tokens=0, progress="", vocab=N_VOCAB):
@@ -246,7 +247,7 @@ def measures(losses, examples):
 
 
 def add_up(found):
-    """(n, 4) of measures -> sums and sums of squares (8,), which ranks can add."""
+    """(n, k) values of n examples -> their sums and sums of squares (2k,)."""
     return torch.cat((found.sum(0), found.square().sum(0)))
 
 

@@ -94,6 +94,35 @@ def test_a_row_holds_what_the_logs_say(tmp_path):
     assert "reaches_first" in found["configs"]["gpt2"]
 
 
+def test_hellaswag_differs_by_item(tmp_path):
+    """The error is that of paired items: SciPy's t statistic gives it back. The third seed of rope
+    has no partner, and an older step's items do not count."""
+    rng, values = np.random.default_rng(0), {}
+    for name, seeds in {"gpt2": (1, 2), "rope": (1, 2, 3), "none": (1,)}.items():
+        for seed in seeds:
+            folder = write_run(tmp_path / name / f"seed_{seed}", {3: 5.0}, seed, [1.0] * 3)
+            found = values[name, seed] = rng.normal(size=(40, 4))
+            np.savez(folder / "hellaswag_items.npz", step=1 if name == "none" else 3, values=found)
+            with open(folder / "log.jsonl", "a") as file:
+                scores = dict(n=40, acc=0.3, acc_norm=0.3, se=0.1, bpb=1.0, bpb_se=0.1, margin=0.1)
+                file.write(
+                    json.dumps({"step": 3, **{f"hellaswag_{k}": v for k, v in scores.items()}})
+                    + "\n"
+                )
+    groups = {name: compare.read_folders(tmp_path / name) for name in ("gpt2", "rope", "none")}
+    found = compare.results(groups)
+    scores = {name: row["hellaswag"] for name, row in found["configs"].items()}
+    assert "diff" not in scores["gpt2"] and scores["none"]["diff"] is None
+    means = {name: (values[name, 1] + values[name, 2]) / 2 for name in ("gpt2", "rope")}
+    for i, name in enumerate(("acc", "acc_norm", "bpb", "margin")):
+        diff = scores["rope"]["diff"][name]
+        reference = ttest_rel(means["rope"][:, i], means["gpt2"][:, i])
+        assert diff["mean"] / diff["se"] == pytest.approx(reference.statistic)
+        if name in ("acc_norm", "bpb"):
+            shown = f"; {diff['mean']:+.4f} ± {diff['se']:.4f} |"
+            assert shown in compare.table(found, "none", [])
+
+
 def test_a_worse_config_never_reaches_the_first(tmp_path):
     groups = groups_of(tmp_path, gpt2=[5.0], rope=[5.5])
     assert compare.results(groups)["configs"]["rope"]["reaches_first"] is None

@@ -43,7 +43,7 @@ from tiny_runs import (
 import train_gpt2 as t
 from model import GPT, GPTConfig
 from nanoswitch import checkpoints, cli, micro_batch, optimizers, progress
-from nanoswitch.log import Log
+from nanoswitch.log import Log, read_run
 from nanoswitch.shards import load_shards
 from nanoswitch.tokenizer import get_tokenizer
 from nanoswitch.windows import Windows, shuffled
@@ -674,6 +674,9 @@ def check_scores_and_samples(run):
     names = ("acc", "acc_norm", "n", "se", "bpb", "bpb_se", "margin")
     scores = log(run, *(f"hellaswag_{name}" for name in names))
     assert [(line["step"], line["hellaswag_n"]) for line in scores] == [(3, 5), (6, 5)]
+    means = read_run(run).items().mean(0)
+    wanted = [scores[-1][f"hellaswag_{name}"] for name in ("acc", "acc_norm", "bpb", "margin")]
+    assert means.tolist() == pytest.approx(wanted)
 
 
 def fake_compiler(monkeypatch, backend):

@@ -12,7 +12,7 @@ seeds.
     OUT/results.md, results.json             the table, from their logs alone
     OUT/report.html                          the same and more on one page, to send
     OUT/curves.png, curves.svg               needs matplotlib; more than one seed needs scipy too
-    OUT/lengths.md, lengths.json             --lengths: the loss at longer contexts than trained
+    OUT/lengths.md, lengths.json             --lengths: longer contexts than trained
     OUT/tune/NAME/FLAG_VALUE/                --tune: the search of each config's own value
     OUT/tuned/NAME/seed_S/                   the runs at it, where it is not the common one
     OUT/n_embd_N/                            --ladder: runs, tune and tuned of each size
@@ -61,7 +61,8 @@ class CompareConfig:
     jobs: int = 0
     """runs at a time; 0 = one per GPU, on CPU one"""
     lengths: str = ""
-    """score the last checkpoints at multiples of their context too, such as 1,2,4: lengths.md"""
+    """score the last checkpoints at multiples of their context too, such as 1,2,4, on prose and on
+    repeats, which only far tokens tell: lengths.md"""
     margin: float = 0.0
     """nats; differences that are surely smaller are called equal; 0 = none is"""
     noise: Literal["pooled", "own"] = "pooled"

@@ -189,6 +189,8 @@ class Rule:
     """n_layer = n_embd / this"""
     width_per_head: float = 32
     """n_head = n_embd / this"""
+    heads: int = 0
+    """n_head of every size, so that n_kv_head is one fraction of it; 0 = by width_per_head"""
     tokens_per_parameter: float = 10.0
     """tokens of a size's runs for each parameter of the first config there"""
     warmup_frac: float = 0.02
@@ -206,11 +208,13 @@ class Rule:
         for name in ("width_per_layer", "width_per_head", "tokens_per_parameter"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.heads < 0:
+            raise ValueError(f"heads is {self.heads}; it must be 0 or more")
+        name = "heads" if self.heads else "width_per_head"
+        per = getattr(self, name)
         for width in self.widths:
-            if width % self.width_per_head:
-                raise ValueError(
-                    f"widths has {width}, no multiple of width_per_head {self.width_per_head}"
-                )
+            if width % per:
+                raise ValueError(f"widths has {width}, no multiple of {name} {per}")
         if not 0 <= self.warmup_frac <= 1:
             raise ValueError(f"warmup_frac is {self.warmup_frac}; it must be from 0 to 1")
         if self.tune not in ("", *RATES):
@@ -218,7 +222,8 @@ class Rule:
 
     def sizes(self, width):
         layers = max(1, round(width / self.width_per_layer))
-        return {"n_layer": layers, "n_head": int(width / self.width_per_head), "n_embd": width}
+        heads = self.heads or int(width / self.width_per_head)
+        return {"n_layer": layers, "n_head": heads, "n_embd": width}
 
 
 DECIDED = {"n_layer", "n_head", "n_embd", "max_steps", "warmup_steps"}  # by the rule
@@ -460,10 +465,11 @@ def tables(found):
                 *(gain_text(way["gain"][i]) if way else "-" for way in ways),
             ])  # fmt: skip
     first = sizes[0]["results"]["first"]
+    heads = rule.get("heads") or f"n_embd / {rule['width_per_head']:g}"
     notes = [
-        f"One rule for all sizes: n_layer = n_embd / {rule['width_per_layer']:g}, n_head = n_embd /"
-        f" {rule['width_per_head']:g}, {rule['tokens_per_parameter']:g} tokens for each of "
-        f"{first}'s parameters, rates with n_embd to the power {rule['rate_power']:g}. The gain is "
+        f"One rule for all sizes: n_layer = n_embd / {rule['width_per_layer']:g}, n_head = "
+        f"{heads}, {rule['tokens_per_parameter']:g} tokens for each of {first}'s "
+        f"parameters, rates with n_embd to the power {rule['rate_power']:g}. The gain is "
         f"how many times the compute {first} needs for the same loss, by its fit E + A C^-alpha: at"
         " equal FLOPs of the row's own count, at equal tokens of the first's. Intervals hold the "
         "noise of seeds, drawn anew, and not that of the curve's form; a gain beyond the largest "

@@ -169,6 +169,13 @@ def climb(tmp_path, monkeypatch):
     return call
 
 
+def test_heads_of_every_size_can_be_the_same(climb, tmp_path):
+    climb("--tune", "lr", heads=4)
+    logs = list(tmp_path.glob("out/n_embd_*/*/*/*/log.jsonl"))
+    configs = [json.loads(path.read_text().splitlines()[0])["config"] for path in logs]
+    assert {(c["n_embd"], c["n_head"]) for c in configs} == {(w, 4) for w in WIDTHS}
+
+
 def read(folder):
     return json.loads((folder / "results.json").read_text())
 
@@ -268,6 +275,7 @@ def test_a_plan_of_a_ladder_trains_nothing(climb, tmp_path):
         ({"widths": "[16, 32]"}, [], "three or more, rising"),
         ({"widths": None}, [], "has no widths"),
         ({"widths": "[16, 20, 32]"}, [], "no multiple of width_per_head"),
+        ({"heads": 3}, [], "no multiple of heads 3"),
         ({"widht": 3}, [], "did you mean widths?"),
         ({"n_layer": 3}, [], "leave it out"),
         ({"tune": '"beta1"'}, [], "lr or muon_lr"),

@@ -1,5 +1,6 @@
 """Every file in configs/ parses, builds, and says only what differs from the defaults."""
 
+import re
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
@@ -8,10 +9,12 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from nanoswitch import cli
+from nanoswitch import cli, ladder
+from nanoswitch.registry import flags_of, variants
 from train_gpt2 import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+VARIANTS = sorted(CONFIGS.glob("variants/*.toml"))
 LADDERS = sorted(CONFIGS.glob("ladder*.toml"))
 FILES = sorted(set(CONFIGS.glob("*.toml")) - set(LADDERS))
 EXPERIMENTS = sorted(CONFIGS.glob("experiments/*.toml"))
@@ -67,6 +70,34 @@ def test_an_experiment_is_the_tiny_model_with_few_switches_changed(path):
     with torch.device("meta"):
         size, reference = GPT(model).num_params(), GPT(plain).num_params()
     assert size == pytest.approx(reference, rel=0.1)
+
+
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
+def test_a_variants_config_adds_it_to_llama_at_every_size_of_their_ladder(path):
+    llama, table = (tomllib.loads(p.read_text()) for p in (CONFIGS / "variants/llama.toml", path))
+    rule = ladder.read_rule(CONFIGS / "ladder_variants.toml")
+    assert {name: rule.flags[name] for name in llama} == {k: cli.as_flag(llama[k]) for k in llama}
+    if path.stem in variants():
+        patterns = {f"{flag}_pattern" for flag in flags_of(path.stem)}
+        assert set(flags_of(path.stem)) == table.keys() - patterns
+        assert {table[flag] for flag in flags_of(path.stem)} == {path.stem}
+    for width in rule.widths:
+        flags = {k: v for k, v in rule.flags.items() if k not in table} | rule.sizes(width)
+        model, _ = cli.parse(
+            GPTConfig, TrainConfig, argv=[str(path), *ladder.words(flags)], configs=True
+        )
+        with torch.device("meta"):
+            GPT(model)
+        for name, value in (llama | table).items():
+            assert getattr(model, name) == value
+
+
+def test_every_variant_has_a_config_and_a_row_in_their_ladders_command():
+    names = {path.stem for path in VARIANTS}
+    assert set(variants()) - {"template"} <= names
+    text = (CONFIGS / "ladder_variants.toml").read_text()
+    listed = re.findall(r"configs/variants/\{([\w,]+)\}", text)
+    assert sorted(",".join(listed).split(",")) == sorted(names) and listed[0].startswith("llama,")
 
 
 SPEEDRUNS = {"speedrun_1m": "tiny_1m", "speedrun_16m": "tiny_16m", "speedrun_124m": "gpt2_124m"}

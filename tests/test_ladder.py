@@ -13,7 +13,7 @@ from scipy.optimize import curve_fit
 from test_compare import ROOT, command
 
 from model import GPTConfig
-from nanoswitch import ladder, study
+from nanoswitch import cli, ladder, study
 from nanoswitch.counts import flops_per_token, num_params, on_meta
 
 FIELDS = GPTConfig.__dataclass_fields__
@@ -249,9 +249,9 @@ def test_two_machines_share_a_ladder_by_its_configs(climb, tmp_path):
 def test_the_ladders_that_come_with_it(path):
     rule, sizes = ladder.read_rule(path), []
     for width in rule.widths:
-        flags = rule.flags | rule.sizes(width)
-        config = GPTConfig(**{k: int(v) for k, v in flags.items() if k in FIELDS})
-        sizes.append(num_params(config))
+        flags = {k: v for k, v in (rule.flags | rule.sizes(width)).items() if k in FIELDS}
+        flags = [f"--{name}={value}" for name, value in flags.items()]
+        sizes.append(num_params(cli.parse(GPTConfig, argv=flags)))
     said = [float(number) for number in re.findall(r"([\d.]+)M\b", path.read_text())]
     assert [size / 1e6 for size in sizes] == pytest.approx(said, rel=0.01)
 

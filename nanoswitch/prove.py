@@ -1,4 +1,4 @@
-"""python -m nanoswitch.prove NAME [NAME ...] [--quick true]
+"""python -m nanoswitch.prove NAME [NAME ...] [--quick true] [--out experiments/variants]
 
 Proves what a file variants/NAME.py must hold, without a line written for it, and prints a card: who
 reads whom, cache, precisions, compiler, counts, checkpoints, ranks, cards, and what it costs.
@@ -31,7 +31,9 @@ from model import GPT, POSITIONS, GPTConfig
 from nanoswitch import cli, counts, hf
 from nanoswitch.cache import KVCache
 from nanoswitch.device import autocast
+from nanoswitch.files import write_beside
 from nanoswitch.load import load_model
+from nanoswitch.log import provenance
 from nanoswitch.registry import flags_of, place_in_variant, unknown, variants
 from train_gpt2 import TrainConfig, Trainer, train
 
@@ -439,20 +441,21 @@ def on_fake_cards(chosen, part="variants", shim=None):
 
 
 def costs(choice):
-    """Of GPT-2 124M with rope, without the variant and with it -> lines of a Markdown table."""
-    base = GPTConfig(pos="rope")
-    with_it = GPTConfig(**{"pos": "rope"} | choice)
-    lines = ["| GPT-2 124M with rope | without | with it | |", "|---|--:|--:|--:|"]
-    models = [counts.on_meta(config) for config in (base, with_it)]
-    rows = {
+    """Of GPT-2 124M with rope: {what: [without the variant, with it]}."""
+    made = [GPTConfig(**{"pos": "rope"} | changes) for changes in ({}, choice)]
+    models = [counts.on_meta(config) for config in made]
+    return {
         "parameters": [m.num_params() for m in models],
         "training FLOPs a token": [counts.flops_per_token(m) for m in models],
         "cache bytes a token": [counts.kv_bytes_per_token(m) for m in models],
-        "bytes of a pass": [counts.pass_bytes(m.config, 1, torch.bfloat16) for m in models],
+        "bytes of a pass": [counts.pass_bytes(config, 1, torch.bfloat16) for config in made],
     }
-    for name, (a, b) in rows.items():
-        lines.append(f"| {name} | {a:,} | {b:,} | {b / a - 1:+.1%} |")
-    return lines
+
+
+def costs_table(found):
+    """costs' dict -> lines of a Markdown table."""
+    rows = [f"| {name} | {a:,} | {b:,} | {b / a - 1:+.1%} |" for name, (a, b) in found.items()]
+    return ["| GPT-2 124M with rope | without | with it | |", "|---|--:|--:|--:|", *rows]
 
 
 def speed(choice, rounds=7):
@@ -491,6 +494,8 @@ class ProveConfig:
     """files of variants/, without .py"""
     quick: bool = False
     """true leaves out ranks, cards and speed"""
+    out: str = ""
+    """folder that takes each card as NAME.json too: experiments/variants for variants/README.md"""
 
 
 def attempt(check, *args):
@@ -504,19 +509,22 @@ def attempt(check, *args):
 
 
 def prove(name, quick=False):
-    """Print a variant's card -> whether all of it holds."""
-    good = True
-
-    def row(what, holds, text):
-        nonlocal good
-        good = good and holds is not False
-        word = {True: "ok", False: "FAILED", None: "skipped"}[holds]
-        print(f"  {what:<11}{word:<9}{' '.join(str(text).split())[:300]}", flush=True)
-
+    """Print a variant's card -> {"name", "proofs", where it was}; a proof for each way to bring it
+    in: {"choice", "checks": {what: {"holds", "says"}}, "refuses", "costs", "speed"}."""
+    proofs = []
     for choice in choices(name):
-        refused = {}
+        refused, checks = {}, {}
+        found = {"choice": choice, "checks": checks, "costs": None, "speed": None}
+        proofs.append(found)
+
+        def row(what, held, text, checks=checks):
+            text = " ".join(str(text).split())[:300]
+            checks[what] = {"holds": held, "says": text}
+            print(f"  {what:<11}{'ok' if held else 'FAILED':<9}{text}", flush=True)
+
         print(" ".join(f"--{flag} {value}" for flag, value in choice.items()))
         made = configs(choice, refused)
+        found["refuses"] = list(refused)
         if not made:
             row("configs", False, next(iter(refused)))
             continue
@@ -528,11 +536,18 @@ def prove(name, quick=False):
             row("cards", *attempt(cards, choice))
         for reason in refused:
             print(f"  refuses: {reason}")
-        holds, lines = attempt(costs, choice)
-        print("\n".join(lines) if holds else f"  costs: {lines}")
+        counted, costing = attempt(costs, choice)
+        print("\n".join(costs_table(costing)) if counted else f"  costs: {costing}")
+        found["costs"] = costing if counted else None
         if not quick:
-            print(attempt(speed, choice)[1])
-    return good
+            _, found["speed"] = attempt(speed, choice)
+            print(found["speed"])
+    return {"name": name, "proofs": proofs, **provenance()}
+
+
+def holds(card):
+    """Whether all of a card of prove() holds."""
+    return all(one["holds"] for proof in card["proofs"] for one in proof["checks"].values())
 
 
 def cards(choice):
@@ -554,7 +569,15 @@ def main():
     for name in config.names:
         if name not in variants():
             raise unknown("variant", name, variants())
-    results = [prove(name, config.quick) for name in config.names]
+    if config.out:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    results = []
+    for name in config.names:
+        card = prove(name, config.quick)
+        results.append(holds(card))
+        if config.out:
+            with write_beside(f"{config.out}/{name}.json") as file:
+                file.write(f"{json.dumps(card, indent=1)}\n".encode())
     if not all(results):
         sys.exit(1)
 

@@ -1,6 +1,8 @@
 """Every file of variants/ is proven without a line written for it; and those that are wrong, each
 in its own way, are found out."""
 
+import json
+
 import pytest
 
 from nanoswitch import prove, registry
@@ -47,7 +49,7 @@ def test_variants_of_several_switches_go_together(choice):
 @pytest.mark.parametrize("name", registry.variants())
 def test_all_that_the_command_proves(name, capsys):
     """With every kernel and encoding, on two ranks under each mode, on two cards that are faked."""
-    assert prove.prove(name), capsys.readouterr().out
+    assert prove.holds(prove.prove(name)), capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------- what is wrong
@@ -128,11 +130,20 @@ def test_a_variant_may_say_that_no_cache_holds_what_it_reads(variant_file):
 
 
 def test_a_card_shows_each_check_and_ends_with_status_1_where_one_fails(
-    variant_file, capsys, monkeypatch
+    variant_file, capsys, monkeypatch, tmp_path
 ):
     variant_file("leaky", WRONG["causal"])
     monkeypatch.setattr(prove, "CHECKS", [prove.causal, prove.counted])
-    assert not prove.prove("leaky", quick=True)
+    argv = ["prove", "leaky", "--quick", "true", "--out", str(tmp_path / "cards")]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit, match="1"):
+        prove.main()
     out = capsys.readouterr().out
     assert "causal     FAILED" in out and "its future" in out
     assert "counted    ok" in out and "| parameters |" in out
+    (proof,) = json.loads((tmp_path / "cards/leaky.json").read_text())["proofs"]
+    assert proof["choice"] == {"attention": "leaky"} and proof["speed"] is None
+    assert [one["holds"] for one in proof["checks"].values()] == [False, True]
+    assert "its future" in proof["checks"]["causal"]["says"]
+    without, with_it = proof["costs"]["parameters"]
+    assert f"| parameters | {without:,} | {with_it:,} | +0.0% |" in out

@@ -1,0 +1,160 @@
+"""python -m nanoswitch.gallery
+
+Writes variants/README.md: a row for every config in configs/variants/, from its variant's
+docstring, its proof card experiments/variants/NAME.json, and the ladders' results in
+experiments/variants/*/results.json. What was not run is said to be so.
+"""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+from nanoswitch import cli
+from nanoswitch.files import write_beside
+from nanoswitch.ladder import gain_text
+from nanoswitch.progress import markdown
+
+ROOT = Path(__file__).parent.parent
+BASE = "llama"  # of configs/variants/: what the others are compared with
+SIZES = 2  # of a ladder, the smallest
+
+HEAD = """
+# Variants
+
+A file here is a choice of a switch: `--attention NAME`, or of `--mlp`, `--norm`, `--pos` or
+`--residual`. To write one, copy [template.py](template.py);
+[CONTRIBUTING.md](../CONTRIBUTING.md) says how.
+`python -m nanoswitch.gallery` wrote this page, from what these two leave in experiments/variants/:
+
+    python -m nanoswitch.prove NAME --out experiments/variants    # the checks and the costs
+    python compare.py ... --ladder ...    # the losses: configs/ladder_variants.toml has all of it
+
+## What they are and cost
+
+`prove` checks causality, cache, precisions, compiler, counts, checkpoints, ranks and cards. Costs
+are what a variant in every layer adds to GPT-2 124M with RoPE: parameters, training FLOPs a token,
+cache bytes a token, and the memory of a forward and backward pass of one sequence in bf16.
+"""
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def about(name):
+    """A config of configs/variants/ in a line: its variant's docstring, or its own comment."""
+    path = ROOT / "variants" / f"{name}.py"
+    if path.is_file():
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    else:
+        text = (ROOT / "configs/variants" / f"{name}.toml").read_text(encoding="utf-8").lstrip("# ")
+    return re.sub(r"^--[^:]*: ", "", text.splitlines()[0]).rstrip(".")
+
+
+def card_cells(card):
+    """A proof card -> the checks that hold, and what each cost grows by."""
+    held = [one["holds"] for proof in card["proofs"] for one in proof["checks"].values()]
+    costs = card["proofs"][-1]["costs"]  # of a file for several switches all together
+    wanted = ("parameters", "training FLOPs a token", "cache bytes a token", "bytes of a pass")
+    return [
+        f"{sum(held)} of {len(held)}",
+        *(f"{costs[what][1] / costs[what][0] - 1:+.1%}" if costs else "-" for what in wanted),
+    ]
+
+
+def refused(card):
+    """What a proof card says that the variant refuses."""
+    return list(dict.fromkeys(reason for proof in card["proofs"] for reason in proof["refuses"]))
+
+
+def change_text(diff):
+    """A difference in loss and its interval -> text."""
+    if diff["mean"] is None:
+        return "-"
+    low, high = diff["ci95"]
+    return f"{diff['mean']:+.4f}" + ("" if low is None else f" [{low:+.4f}, {high:+.4f}]")
+
+
+def together(verdicts):
+    """The verdicts at all sizes -> what they say."""
+    if "better" in verdicts and "worse" in verdicts:
+        return "better at one size, worse at another"
+    for word in ("better", "worse"):
+        if word in verdicts:
+            return word if set(verdicts) == {word} else f"{word} at one size"
+    return "no gain shown"
+
+
+def ladder_part(found, names, where):
+    """A ladder's results.json, the names of those of its rows that are shown, and the path of its
+    results.md from variants/ -> the paragraphs about it."""
+    first, metric, climbed = found["first"], found["metric"], found["ladder"]
+    sizes = climbed["sizes"][:SIZES]
+    results = [size["results"]["configs"] for size in sizes]
+    said = [
+        f"n_embd {size['n_embd']} ({row['parameters']:,} parameters, {row['tokens']:,} tokens, "
+        f"loss {row[metric]['mean']:.4f})"
+        for size, row in zip(sizes, (configs[first] for configs in results), strict=True)
+    ]
+    seeds, tune = len(results[0][first]["seeds"]), climbed["rule"]["tune"]
+    text = (
+        f"Beside {first} at {' and '.join(said)}; {seeds} seeds; each config at "
+        f"{f'its own {tune}' if tune else 'the same rates'}. Below 0 the variant has the lower "
+        f"loss; the intervals hold for all rows at once. The gain is how many times the compute "
+        f"{first} needs for the same loss. Parameters are not matched. [All of it]({where})."
+    )
+    head, rows, idle = ["variant"], [], []
+    for size in sizes:
+        head += [f"difference at {size['n_embd']}", f"gain at {size['n_embd']}"]
+    for name in names:
+        way = ((climbed["curves"] or {}).get(name) or {}).get("equal_flops")
+        diffs = [configs[name]["diff"] for configs in results]
+        cells = []
+        for i, diff in enumerate(diffs):
+            cells += [change_text(diff), gain_text(way["gain"][i] if way else None)]
+        says = together([diff["verdict"] for diff in diffs])
+        rows.append([name, *cells, says])
+        idle += [name] * (not says.startswith("better"))
+    note = f"Kept, though none of these sizes shows a gain: {', '.join(idle)}."
+    return [text, markdown([*head, "so"], rows), *[note] * bool(idle)]
+
+
+def page(folder=ROOT / "experiments/variants"):
+    """variants/README.md. folder: where the proof cards and the ladders' results are."""
+    names = sorted({path.stem for path in ROOT.glob("configs/variants/*.toml")} - {BASE})
+    cards = {path.stem: read(path) for path in folder.glob("*.json")}
+    rows = []
+    for name in names:
+        file = (ROOT / "variants" / f"{name}.py").is_file()
+        cells = card_cells(cards[name]) if name in cards else ["not yet run" * file or "-", *"----"]
+        rows.append([f"[{name}]({name}.py)" if file else name, about(name), *cells])
+    head = ["variant", "what it is", "checks that hold", "parameters", "FLOPs", "cache", "memory"]
+    parts = [HEAD.strip(), markdown(head, rows)]
+    refusals = {name: refused(cards[name]) for name in names if name in cards}
+    lines = [f"- {name}: {'; '.join(reasons)}" for name, reasons in refusals.items() if reasons]
+    parts += ["What they refuse:", "\n".join(lines)] if lines else []
+
+    parts.append("## What they give")
+    missing = list(names)
+    for path in sorted(folder.glob("*/results.json")):
+        found = read(path)
+        sizes = found["ladder"]["sizes"][:SIZES] if found.get("ladder") else []
+        shown = [n for n in names if all(n in size["results"]["configs"] for size in sizes)]
+        if len(sizes) == SIZES and shown:
+            where = f"../experiments/variants/{path.parent.name}/results.md"
+            parts += ladder_part(found, shown, where)
+            missing = [name for name in missing if name not in shown]
+    parts += [f"Not yet run: {', '.join(missing)}."] * bool(missing)
+    return "\n\n".join(parts) + "\n"
+
+
+def main():
+    path = ROOT / "variants" / "README.md"
+    with write_beside(str(path)) as file:
+        file.write(page().encode())
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -48,7 +48,7 @@ BESIDE = [
     dict(window=5, window_pattern="SL", pos="alibi", n_kv_head=1),
     dict(document_mask=True, pos="rope"),
     dict(document_mask=True, window=5, window_pattern="LS", pos="alibi"),
-    dict(norm="rmsnorm", mlp="swiglu", bias=False, pos="rope"),
+    dict(norm="rmsnorm", mlp="swiglu", bias=False, pos="rope", rope_scaling=2.0),
 ]
 
 
@@ -265,11 +265,14 @@ def decoding(choice, made):
 def counted(choice, made):
     """Parameters against the real model's numbers, FLOPs against torch's counter of the matrix
     products that really run, cache against the tensors that it really holds."""
-    T, flops = 128, 0
+    T, flops, tried, refused = 128, 0, [], {}
     for changes in ({}, dict(n_kv_head=2, mlp="swiglu", norm="rmsnorm", bias=False)):
         changes = dict(n_embd=128, block_size=T, attention_kernel="math", dropout=0.0) | changes
         changes |= {} if "pos" in choice else {"pos": "rope"}
-        config = GPTConfig(**SIZES | changes | choice)
+        with noted(refused):
+            tried.append(GPTConfig(**SIZES | changes | choice))
+    assert tried, next(iter(refused))
+    for config in tried:
         model, meta = GPT(config).eval(), counts.on_meta(config)
         real = sum(p.numel() for p in model.parameters())
         assert counts.num_params(config) == real, "parameters differ from the real model's"

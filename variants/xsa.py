@@ -1,7 +1,7 @@
 """--attention xsa: what a token says of itself, taken out of what its heads found.
 
-Exclusive self-attention (arXiv 2603.09078): of each head's result the part along the token's own
-value is dropped,
+Exclusive self-attention (Zhai 2026, arXiv 2603.09078): of each head's result the part along the
+token's own value is dropped,
 
     z = y - (y . v / |v|^2) v,   v the value of the same token and head
 

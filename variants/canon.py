@@ -13,29 +13,17 @@ it reaches across the ends of documents, so document_mask is refused; a window r
 Decoding keeps the last three inputs of each place.
 """
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
 from model import Attention, Residual
+from nanoswitch.operators import CausalConv
 
 
-class Conv(nn.Module):
+class Conv(CausalConv):
     """x + the convolution of x over time; x (B, T, channels)."""
 
-    own_init, no_decay = True, ("weight",)
-    replayable = False  # a CUDA graph would keep what there was when it was recorded
-
-    def __init__(self, channels, width):
-        super().__init__()
-        # the last column is the token's own, as F.conv1d has it
-        self.weight = nn.Parameter(torch.zeros(channels, width))
+    own_init = True  # zeros
 
     def forward(self, x, cache, name):
-        n = self.weight.size(1) - 1
-        seen = F.pad(x, (0, 0, n, 0)) if cache is None else cache.with_last(name, x, n)
-        weight = self.weight[:, None].type_as(x)  # (channels, 1, width)
-        return x + F.conv1d(seen.transpose(1, 2), weight, groups=len(weight)).transpose(1, 2)
+        return x + super().forward(x, cache, name)
 
 
 def check(config):

@@ -176,3 +176,21 @@ def test_value_residual_is_resformers_in_llama():
     idx = torch.randint(53, (B, T), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         close(model(idx)[0], llama(idx).logits)
+
+
+@pytest.mark.parametrize("nkv", [4, 2])
+def test_differential_is_diffllamas(nkv):
+    from transformers.models.diffllama import modeling_diffllama as peer
+
+    model = layer(attention="differential", n_kv_head=nkv)
+    attn = model.transformer.h[0].attn
+    torch.nn.init.ones_(attn.norm.weight)  # theirs has none
+    config = transformers.DiffLlamaConfig(
+        hidden_size=C, num_attention_heads=nh, num_key_value_heads=nkv, num_hidden_layers=1,
+        rms_norm_eps=1e-6, rope_parameters=DEFAULT,
+    )  # fmt: skip
+    weights = qkv(attn, nkv) | {"o_proj.weight": attn.c_proj.weight}
+    names = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+    weights |= dict(zip(names, attn.scale.weight, strict=True))
+    want = theirs(peer.DiffLlamaAttention, weights, config, peer.DiffLlamaRotaryEmbedding)
+    close(ours(model), want)

@@ -370,3 +370,40 @@ def test_canon_starts_as_the_model_without_it():
         assert all((conv.weight == 0).all() for conv in convs)
         x = torch.randn(1, 5, 16)
         assert torch.equal(convs[0](x, None, ""), x)
+
+
+# ----------------------------------------------------------------------------- other attentions
+
+
+@pytest.mark.parametrize("nkv", [4, 2])
+def test_differential_attention_takes_one_map_from_another(nkv):
+    """Ye et al. 2024, eq. 1 to 3, head by head; lambda_init by the layer."""
+
+    def own(x, attn, layer):
+        start = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        a, b, c, d = attn.scale.weight
+        factor = torch.exp(a @ b) - torch.exp(c @ d) + start
+        q, k, v = linear(x, attn.c_attn).split((nh * hs, nkv * hs, nkv * hs), dim=1)
+        q, k, v, rows = split(q), split(k), split(v), []
+        for i in range(nh // 2):
+            g = i * nkv // nh  # the first of its two key heads
+            value = torch.cat((v[g], v[g + nkv // 2]), 1)
+            first = attend(q[i], k[g], value)
+            second = attend(q[i + nh // 2], k[g + nkv // 2], value)
+            y = first - factor * second
+            y = y / (y.square().mean(1, keepdim=True) + 1e-5).sqrt() * attn.norm.weight
+            rows.append((1 - start) * y)
+        return torch.cat(rows, 1)
+
+    def stream(x, blocks):
+        for layer, block in enumerate(blocks):
+            found = own(norm(x, block.ln_1), block.attn, layer)
+            x = x + linear(found, block.attn.c_proj)
+            x = x + branches(block)[1](x)
+        return x
+
+    check(make(attention="differential", n_kv_head=nkv), stream)
+    drawn = GPT(tiny(attention="differential", n_embd=512)).transformer.h[0].attn.scale.weight
+    assert drawn.std().item() == pytest.approx(0.1, rel=0.2)
+    with refused("n_kv_head 1"):
+        tiny(attention="differential", n_kv_head=1)

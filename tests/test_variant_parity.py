@@ -194,3 +194,28 @@ def test_differential_is_diffllamas(nkv):
     weights |= dict(zip(names, attn.scale.weight, strict=True))
     want = theirs(peer.DiffLlamaAttention, weights, config, peer.DiffLlamaRotaryEmbedding)
     close(ours(model), want)
+
+
+def test_gated_deltanet_is_qwen3_nexts():
+    from transformers.models.qwen3_next import modeling_qwen3_next as peer
+
+    model = layer(attention="gated_deltanet", pos="none")
+    attn = model.transformer.h[0].attn
+    config = transformers.Qwen3NextConfig(
+        hidden_size=C, num_hidden_layers=1, linear_num_key_heads=nh, linear_num_value_heads=nh,
+        linear_key_head_dim=hs, linear_value_head_dim=hs, rms_norm_eps=1e-6, hidden_act="silu",
+    )  # fmt: skip
+    # theirs has all that belongs to a head side by side
+    parts = [*attn.c_attn.weight.view(3, nh, hs, C), attn.gate.weight.view(nh, hs, C)]
+    a, b = attn.gates.weight.view(2, nh, 1, C)
+    weights = {
+        "in_proj_qkvz.weight": torch.cat(parts, dim=1).flatten(0, 1),
+        "in_proj_ba.weight": torch.cat((b, a), dim=1).flatten(0, 1),
+        "conv1d.weight": attn.conv.weight[:, None], "dt_bias": attn.fade.b,
+        "A_log": attn.fade.A, "norm.weight": attn.norm.weight,
+        "out_proj.weight": attn.c_proj.weight,
+    }  # fmt: skip
+    module = peer.Qwen3NextGatedDeltaNet(config, 0).eval()
+    module.load_state_dict(weights)
+    with torch.no_grad():
+        close(ours(model), module(X))

@@ -2,6 +2,7 @@
 head, with no line of the variant's."""
 
 import cmath
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from builders import grown, refused, tiny, tokens
 
 from model import GPT, NORMS, POSITIONS, rotate
+from nanoswitch.cache import KVCache
+from nanoswitch.operators import gated_delta_rule
 from nanoswitch.optimizers import decays
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -407,3 +410,74 @@ def test_differential_attention_takes_one_map_from_another(nkv):
     assert drawn.std().item() == pytest.approx(0.1, rel=0.2)
     with refused("n_kv_head 1"):
         tiny(attention="differential", n_kv_head=1)
+
+
+def delta_rule(q, k, v, fade, beta):
+    """One head, a token at a time: (T, hs) each, fade and beta (T,) -> (T, hs)."""
+    S, rows = torch.zeros(v.size(1), k.size(1), dtype=v.dtype), []
+    for t in range(len(q)):
+        S = torch.exp(fade[t]) * (S - beta[t] * torch.outer(S @ k[t], k[t]))
+        S = S + beta[t] * torch.outer(v[t], k[t])
+        rows.append(S @ q[t])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("T, cuts", [(1, []), (9, [4]), (150, []), (150, [70, 71, 73])])
+@pytest.mark.parametrize("same", [False, True])
+def test_the_gated_delta_rule_in_chunks_is_that_of_single_tokens(T, cuts, same):
+    """Also where all keys are the same and nothing fades, which is hardest to solve."""
+    g = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(2, 3, T, 6, generator=g, dtype=torch.float64) for _ in range(3))
+    fade, beta = -torch.rand(2, 3, T, generator=g).double(), torch.rand(2, 3, T, generator=g)
+    beta = beta.double()
+    if same:
+        k, fade, beta = k[:, :, :1].expand(-1, -1, T, -1), fade * 0, beta * 0 + 1
+    k = k / k.norm(dim=-1, keepdim=True)
+    inputs = q, k, v, fade, beta
+    want = [[delta_rule(*(x[b, h] for x in inputs)) for h in range(3)] for b in range(2)]
+    state, parts, edges = None, [], [0, *cuts, T]
+    for begin, end in itertools.pairwise(edges):
+        piece = (x[:, :, begin:end].float() for x in inputs)
+        y, state = gated_delta_rule(*piece, state)
+        parts.append(y)
+    close(torch.cat(parts, 2).double(), torch.stack([torch.stack(row) for row in want]))
+
+
+def test_gated_deltanet_keeps_a_matrix_a_head():
+    def own(x, attn):
+        qkv, w, rows = linear(x, attn.c_attn), attn.conv.weight, []
+        for t in range(len(x)):
+            rows.append(sum(w[:, 3 - j] * qkv[t - j] for j in range(4) if t >= j))
+        mixed = torch.stack(rows)
+        mixed = mixed / (1 + torch.exp(-mixed))
+        q, k, v = map(split, mixed.split(nh * hs, dim=1))
+        a, b = (x @ attn.gates.weight.T).split(nh, dim=1)
+        heads = []
+        for h in range(nh):
+            step = torch.log(1 + torch.exp(a[:, h] + attn.fade.b[h]))
+            fade, beta = -torch.exp(attn.fade.A[h]) * step, 1 / (1 + torch.exp(-b[:, h]))
+            unit_q, unit_k = (z[h] / z[h].norm(dim=1, keepdim=True) for z in (q, k))
+            y = delta_rule(unit_q / math.sqrt(hs), unit_k, v[h], fade, beta)
+            heads.append(y / (y.square().mean(1, keepdim=True) + 1e-5).sqrt() * attn.norm.weight)
+        gate = x @ attn.gate.weight.T
+        return torch.cat(heads, 1) * gate / (1 + torch.exp(-gate))
+
+    check(make(attention="gated_deltanet"), heads_with(own))
+    fade = GPT(tiny(attention="gated_deltanet", n_head=16, n_embd=32)).transformer.h[0].attn.fade
+    rates, steps = fade.A.exp(), torch.log1p(fade.b.exp())
+    assert 0 < rates.min() < 1 < 15 < rates.max() < 16 and steps.unique().numel() == 16
+    assert 0.001 <= steps.min() < 0.002 and 0.05 < steps.max() <= 0.1
+
+
+def test_gated_deltanet_goes_with_full_attention_and_refuses_what_has_no_scores():
+    pattern = dict(attention="gated_deltanet", attention_pattern="gated_deltanet,full")
+    model = make(**pattern, window=4, window_pattern="LS", pos="rope", n_kv_head=2)
+    cache = KVCache(model, 9)
+    with torch.no_grad():
+        pieces = [model.logits(model.features(x, cache)) for x in IDX.split([3, 1, 5], 1)]
+        close(torch.cat(pieces, 1), model(IDX)[0])
+    state = cache.layers[0].tensors[0]
+    assert state.shape == (2, nh, hs, hs) and cache.layers[0].kept["qkv"].shape == (2, 3, 32)
+    for changes in (dict(window=4), dict(document_mask=True), dict(pos="alibi")):
+        with refused("gated_deltanet"):
+            tiny(attention="gated_deltanet", **changes)

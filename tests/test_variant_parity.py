@@ -219,3 +219,24 @@ def test_gated_deltanet_is_qwen3_nexts():
     module.load_state_dict(weights)
     with torch.no_grad():
         close(ours(model), module(X))
+
+
+@pytest.mark.parametrize("factor, trained, theta", [(4, 512, 1e4), (16, 4096, 5e5), (1, 512, 1e4)])
+def test_yarns_angles_are_transformers(factor, trained, theta):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = transformers.LlamaConfig(
+        hidden_size=4 * 64, num_attention_heads=4, max_position_embeddings=factor * trained,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": theta, "factor": float(factor),
+            "original_max_position_embeddings": trained,
+        },
+    )  # fmt: skip
+    turns, scale = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    sizes = dict(n_embd=4 * 64, block_size=factor * trained)
+    own = tiny(**sizes, pos="yarn", rope_theta=theta, rope_scaling=float(factor))
+    pos = torch.arange(0, 64)
+    cos, sin = grown(own, std=0.0).transformer.wpe.rotation(pos)
+    angle = pos[:, None] * turns
+    torch.testing.assert_close(cos, angle.cos() * scale, rtol=0, atol=2e-5)
+    torch.testing.assert_close(sin, angle.sin() * scale, rtol=0, atol=2e-5)

@@ -10,9 +10,11 @@ import torch
 from builders import grown, refused, tiny, tokens
 
 from model import GPT, NORMS, POSITIONS, rotate
+from nanoswitch import surgery
 from nanoswitch.cache import KVCache
 from nanoswitch.operators import gated_delta_rule
 from nanoswitch.optimizers import decays
+from train_gpt2 import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDX = tokens(tiny(), 2, 9)
@@ -481,3 +483,44 @@ def test_gated_deltanet_goes_with_full_attention_and_refuses_what_has_no_scores(
     for changes in (dict(window=4), dict(document_mask=True), dict(pos="alibi")):
         with refused("gated_deltanet"):
             tiny(attention="gated_deltanet", **changes)
+
+
+# ----------------------------------------------------------------------------- yarn
+
+
+def test_yarn_leaves_fast_pairs_and_stretches_slow_ones():
+    """Peng et al. 2023, section 3.2: pairs of 32 turns and more in the text of training stay, those
+    of fewer than one are interpolated, and those between lie between."""
+    s, trained, size = 4, 1024, 64
+    config = tiny(n_embd=4 * size, block_size=s * trained, pos="yarn", rope_scaling=4.0)
+    cos, sin = POSITIONS["yarn"](config).rotation(torch.arange(2))
+    scale = 0.1 * math.log(s) + 1
+    close(cos[0], torch.full((size // 2,), scale))
+    share = []
+    for i in range(size // 2):
+        turn = 10000.0 ** (-2 * i / size)
+        got = math.atan2(sin[1, i], cos[1, i]) / turn
+        assert math.hypot(sin[1, i], cos[1, i]) == pytest.approx(scale, rel=1e-5)
+        turns = trained * turn / (2 * math.pi)
+        if turns > 32 * 1.4:  # the ramp begins and ends at whole pairs
+            assert got == pytest.approx(1, rel=1e-4)
+        if turns < 1 / 1.4:
+            assert got == pytest.approx(1 / s, rel=1e-4)
+        share.append(got)
+    inside = [x for x in share if 1 / s + 1e-3 < x < 1 - 1e-3]
+    steps = {round(a - b, 3) for a, b in itertools.pairwise(inside)}
+    assert len(inside) > 5 and len(steps) <= 2 and min(steps) > 0  # a straight line down
+    given = tiny(n_embd=256, pos="yarn", rope_scaling=4.0, settings="yarn.trained=1024")
+    torch.testing.assert_close(POSITIONS["yarn"](given).rotation(torch.arange(2))[0], cos)
+    for changes in (dict(rope_scaling=0.5), dict(settings="yarn.slow=64"), dict(rope_theta=1.0)):
+        with refused("yarn"):
+            tiny(pos="yarn", **changes)
+
+
+def test_yarn_takes_over_weights_that_were_trained_with_rope():
+    model = grown(tiny(pos="rope"))
+    wanted = dict(pos="yarn", rope_scaling=2.0, block_size=48)
+    made = surgery.perform(model, surgery.plan(model.config, wanted, TrainConfig(init_from="RUN")))
+    assert made.config == tiny(**wanted)
+    own = {name: p.tolist() for name, p in model.named_parameters()}
+    assert {name: p.tolist() for name, p in made.named_parameters()} == own

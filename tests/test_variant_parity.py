@@ -8,6 +8,7 @@ import torch
 from builders import grown, tiny
 
 from model import Carry
+from nanoswitch.cache import KVCache
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -219,6 +220,36 @@ def test_gated_deltanet_is_qwen3_nexts():
     module.load_state_dict(weights)
     with torch.no_grad():
         close(ours(model), module(X))
+
+
+@pytest.mark.parametrize("latent, rope", [(0, 0), (12, 2)])
+def test_mla_is_deepseeks(latent, rope):
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as peer
+
+    model = layer(attention="mla", settings=f"mla.latent={latent},mla.rope={rope}")
+    attn, latent, rope = model.transformer.h[0].attn, latent or 4 * hs, rope or hs // 2
+    config = transformers.DeepseekV3Config(
+        hidden_size=C, num_attention_heads=nh, num_key_value_heads=nh, num_hidden_layers=1,
+        q_lora_rank=None, kv_lora_rank=latent, qk_rope_head_dim=rope, v_head_dim=hs,
+        qk_nope_head_dim=hs, rope_interleave=False, rope_parameters=DEFAULT,
+    )  # fmt: skip
+    q, kv = attn.c_attn.weight.split((nh * (hs + rope), latent + rope))
+    weights = {
+        "q_proj.weight": q, "kv_a_proj_with_mqa.weight": kv, "kv_a_layernorm.weight":
+        attn.norm.weight, "kv_b_proj.weight": attn.up.weight, "o_proj.weight": attn.c_proj.weight,
+    }  # fmt: skip
+    want = theirs(peer.DeepseekV3Attention, weights, config, peer.DeepseekV3RotaryEmbedding)
+    close(ours(model), want)
+    # token by token, on the latents themselves
+    cache, pos, found = KVCache(model, T), torch.arange(T), []
+    with torch.no_grad():
+        for t in range(T):
+            cache.advance(pos[t : t + 1])
+            rotation, held = model.transformer.wpe.rotation(pos[t : t + 1]), cache.layers[0]
+            mask = attn.mask(pos[t : t + 1], model.transformer.wpe, None, held)
+            found.append(attn(X[:, t : t + 1], rotation, mask, held))
+    close(torch.cat(found, dim=1), want)
+    assert [x.shape for x in held.tensors] == [(B, 1, T, latent), (B, 1, T, rope)]
 
 
 @pytest.mark.parametrize("factor, trained, theta", [(4, 512, 1e4), (16, 4096, 5e5), (1, 512, 1e4)])

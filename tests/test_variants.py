@@ -10,7 +10,7 @@ import torch
 from builders import grown, refused, tiny, tokens
 
 from model import GPT, NORMS, POSITIONS, rotate
-from nanoswitch import surgery
+from nanoswitch import counts, surgery
 from nanoswitch.cache import KVCache
 from nanoswitch.operators import gated_delta_rule
 from nanoswitch.optimizers import decays
@@ -483,6 +483,41 @@ def test_gated_deltanet_goes_with_full_attention_and_refuses_what_has_no_scores(
     for changes in (dict(window=4), dict(document_mask=True), dict(pos="alibi")):
         with refused("gated_deltanet"):
             tiny(attention="gated_deltanet", **changes)
+
+
+@pytest.mark.parametrize("latent, rope", [(0, 0), (6, 4)])
+def test_mla_makes_keys_and_values_of_one_vector(latent, rope):
+    """DeepSeek-V2, eq. 9 to 19, with complex numbers for the channels that turn; heads of 8."""
+    C, size = 32, 8
+    r = rope or 4
+
+    def turned(z, t):
+        pairs = torch.complex(z[: r // 2], z[r // 2 :])
+        turn = torch.tensor([cmath.exp(1j * t * 10000.0 ** (-2 * i / r)) for i in range(r // 2)])
+        pairs = pairs * turn.to(pairs.dtype)
+        return torch.cat((pairs.real, pairs.imag))
+
+    def own(x, attn):
+        c_size = latent or 4 * size
+        q, c, shared = (x @ attn.c_attn.weight.T).split((nh * (size + r), c_size, r), dim=1)
+        c = c / (c.square().mean(1, keepdim=True) + 1e-5).sqrt() * attn.norm.weight
+        shared, heads = torch.stack([turned(z, t) for t, z in enumerate(shared)]), []
+        for h in range(nh):
+            up = attn.up.weight[h * 2 * size : (h + 1) * 2 * size]
+            mine = q[:, h * (size + r) : (h + 1) * (size + r)]
+            turning = torch.stack([turned(z, t) for t, z in enumerate(mine[:, size:])])
+            k = torch.cat((c @ up[:size].T, shared), 1)
+            heads.append(attend(torch.cat((mine[:, :size], turning), 1), k, c @ up[size:].T))
+        return torch.cat(heads, 1)
+
+    settings = f"mla.latent={latent},mla.rope={rope}"
+    model = make(attention="mla", pos="rope", n_embd=C, settings=settings)
+    check(model, heads_with(own))
+    kept = 2 * 4 * ((latent or 32) + r)  # bytes of bf16 in four layers
+    assert counts.kv_bytes_per_token(counts.on_meta(model.config)) == kept
+    for changes in (dict(n_kv_head=2), dict(qk_norm=True), dict(settings="mla.rope=3")):
+        with refused("mla"):
+            tiny(**dict(attention="mla", n_embd=C) | changes)
 
 
 # ----------------------------------------------------------------------------- yarn

@@ -37,7 +37,7 @@ def decoder(model, dtype, rows):
     if on_cpu and dtype == torch.bfloat16 == pick_dtype("auto", device):  # it has units for that
         for module in list(model.modules()):
             for name in ("c_attn", "c_proj", "c_fc", "lm_head"):
-                if hasattr(module, name):
+                if isinstance(getattr(module, name, None), nn.Linear):
                     setattr(module, name, PackedLinear(getattr(module, name), rows))
     return functools.partial(decode_step, model)
 

@@ -25,14 +25,47 @@ def decays(model):
 
 
 def groups_by_decay(model, config, without=()):
-    """The parameters, but for the names in `without`, in two groups: with weight decay, and not."""
+    """The parameters, but for the names in `without` and those that go by_sign, in two groups: with
+    weight decay, and not."""
     named, decayed = dict(model.named_parameters()), decays(model)
+    without = {*without, *by_sign(model)}
     return [
         {
             "params": [p for n, p in named.items() if decayed[n] == decay and n not in without],
             "weight_decay": config.weight_decay if decay else 0.0,
         }
         for decay in (True, False)
+    ]
+
+
+def by_sign(model):
+    """{name of a parameter that moves by a fixed length against its gradient's sign, and by no
+    other optimizer: that length}, as their modules have it in by_sign."""
+    return {
+        f"{module}.{name}": rate
+        for module, part in model.named_modules()
+        for name, rate in getattr(part, "by_sign", {}).items()
+    }
+
+
+class BySign(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad.sign())
+
+
+def signed(model, config):
+    """What OPTIMIZERS' functions give, for the parameters of by_sign."""
+    named, rates = dict(model.named_parameters()), by_sign(model)
+    return [
+        (BySign, [{"params": [named[n] for n in rates if rates[n] == rate]}], {}, rate / config.lr)
+        for rate in sorted({*rates.values()})
     ]
 
 
@@ -91,7 +124,8 @@ def make_optimizers(model, config, ranks=None, dtype=None):
     """The optimizers that config asks for -> a list; a group's lr_scale is its share of the
     scheduled rate. dtype: the run's precision."""
     optimizers = []
-    for kind, groups, flags, scale in OPTIMIZERS[config.optimizer](model, config, dtype):
+    wanted = OPTIMIZERS[config.optimizer](model, config, dtype)
+    for kind, groups, flags, scale in (*wanted, *signed(model, config)):
         flags = flags | dict(lr=config.lr * scale)
         groups = [group | {"lr_scale": scale} for group in groups]
         if config.parallel == "zero1" and ranks and ranks.distributed:

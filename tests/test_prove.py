@@ -52,6 +52,12 @@ def test_all_that_the_command_proves(name, capsys):
     assert prove.holds(prove.prove(name)), capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_experts_are_balanced_by_the_loads_of_all_ranks():
+    """A rate at which a step by one rank's own loads would end elsewhere."""
+    assert prove.on_ranks([{"mlp": "moe", "settings": "moe.rate=0.1"}]) == [""]
+
+
 # ----------------------------------------------------------------------------- what is wrong
 
 WRONG = {

@@ -271,3 +271,28 @@ def test_yarns_angles_are_transformers(factor, trained, theta):
     angle = pos[:, None] * turns
     torch.testing.assert_close(cos, angle.cos() * scale, rtol=0, atol=2e-5)
     torch.testing.assert_close(sin, angle.sin() * scale, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("active, shared", [(3, 1), (1, 2)])
+def test_moe_is_deepseek_v3s(active, shared):
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as peer
+
+    settings = f"moe.experts=6,moe.active={active},moe.shared={shared}"
+    mlp = layer(mlp="moe", settings=settings).transformer.h[0].mlp
+    hidden = mlp.c_proj.weight.size(1)
+    config = transformers.DeepseekV3Config(
+        hidden_size=C, n_routed_experts=6, num_experts_per_tok=active, n_shared_experts=shared,
+        moe_intermediate_size=hidden, n_group=1, topk_group=1, routed_scaling_factor=1.0,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    module = peer.DeepseekV3MoE(config).eval()
+    gate, up = mlp.shared.c_fc.weight.chunk(2)
+    module.load_state_dict({
+        "gate.weight": mlp.router.weight, "gate.e_score_correction_bias": mlp.balance.bias,
+        "experts.gate_up_proj": mlp.c_fc.weight.transpose(1, 2),
+        "experts.down_proj": mlp.c_proj.weight.transpose(1, 2),
+        "shared_experts.gate_proj.weight": gate, "shared_experts.up_proj.weight": up,
+        "shared_experts.down_proj.weight": mlp.shared.c_proj.weight,
+    })  # fmt: skip
+    with torch.no_grad():
+        close(mlp(X), module(X))

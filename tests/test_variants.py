@@ -12,8 +12,8 @@ from builders import grown, refused, tiny, tokens
 from model import GPT, NORMS, POSITIONS, rotate
 from nanoswitch import counts, surgery
 from nanoswitch.cache import KVCache
-from nanoswitch.operators import gated_delta_rule
-from nanoswitch.optimizers import decays
+from nanoswitch.operators import gated_delta_rule, grouped_product
+from nanoswitch.optimizers import decays, make_optimizers
 from train_gpt2 import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -559,3 +559,86 @@ def test_yarn_takes_over_weights_that_were_trained_with_rope():
     assert made.config == tiny(**wanted)
     own = {name: p.tolist() for name, p in model.named_parameters()}
     assert {name: p.tolist() for name, p in made.named_parameters()} == own
+
+
+# ----------------------------------------------------------------------------- mixture of experts
+
+
+def test_products_by_group_and_their_gradients_are_torchs_own():
+    """With a group that has no rows. On a CPU torch has them too, but cannot compile them."""
+    x, weight = torch.randn(20, 8, requires_grad=True), torch.randn(4, 8, 12, requires_grad=True)
+    ends, grad = torch.tensor([3, 3, 10, 20], dtype=torch.int32), torch.randn(20, 12)
+    results = []
+    for product in (grouped_product, lambda x, w, e: torch.nn.functional.grouped_mm(x, w, offs=e)):
+        y = product(x, weight, ends)
+        results.append((y, *torch.autograd.grad(y, (x, weight), grad)))
+    for got, want in zip(*results, strict=True):
+        close(got, want)
+
+
+def silu_experts(x, mlp, active):
+    """(T, C) -> (T, C), and how often each expert is chosen."""
+    rows, load = [], [0] * len(mlp.balance.bias)
+    for token in x:
+        scores = 1 / (1 + torch.exp(-(mlp.router.weight @ token)))
+        order = sorted(range(len(load)), key=lambda i: -(scores[i] + mlp.balance.bias[i]).item())
+        total = sum(scores[i] for i in order[:active])
+        y = 0
+        for i in order[:active]:
+            load[i] += 1
+            gate, up = (token @ mlp.c_fc.weight[i]).chunk(2)
+            hidden = gate / (1 + torch.exp(-gate)) * up
+            y = y + scores[i] / total * (hidden @ mlp.c_proj.weight[i])
+        rows.append(y)
+    result = torch.stack(rows)
+    if mlp.shared is not None:
+        gate, up = linear(x, mlp.shared.c_fc).chunk(2, dim=1)
+        result = result + linear(gate / (1 + torch.exp(-gate)) * up, mlp.shared.c_proj)
+    return result, load
+
+
+@pytest.mark.parametrize("experts, active, shared", [(8, 3, 1), (5, 1, 0)])
+def test_experts_are_chosen_with_the_bias_and_weighed_without_it(experts, active, shared):
+    """DeepSeek-V3, eq. 12 to 16, token by token."""
+
+    def stream(x, blocks):
+        for block in blocks:
+            x = x + branches(block)[0](x)
+            x = x + silu_experts(norm(x, block.ln_2), block.mlp, active)[0]
+        return x
+
+    settings = f"moe.experts={experts},moe.active={active},moe.shared={shared}"
+    model = make(mlp="moe", n_layer=2, settings=settings)
+    check(model, stream)
+    mlp = model.transformer.h[0].mlp
+    width = math.ceil(model.config.mlp_hidden / (active + shared) / 8) * 8
+    one = 3 * 16 * width
+    held = sum(p.numel() for p in mlp.parameters()) - 2 * width * shared * 1 - 16 * bool(shared)
+    assert held == one * (experts + shared) + 16 * experts + experts
+    met = counts.multiply_adds(mlp, 9) - (2 * width * shared + 16 * bool(shared))  # its biases
+    assert met == pytest.approx(one * (active + shared) + 16 * experts)
+
+
+def test_the_bias_of_busy_experts_falls_and_of_idle_ones_rises():
+    """Wang et al. 2024, algorithm 1, over a batch of two micro-batches; all else is AdamW's."""
+    model = make(mlp="moe", n_layer=1, settings="moe.rate=0.25").train()
+    optimizers = make_optimizers(model, TrainConfig(lr=0.1))
+    assert [type(o).__name__ for o in optimizers] == ["AdamW", "BySign"]
+    before, load, seen = model.transformer.h[0].mlp.balance.bias.tolist(), [0] * 8, []
+    model.transformer.h[0].mlp.register_forward_hook(lambda m, args, y: seen.append(args[0]))
+    for rows in IDX:
+        model(rows[None], rows[None])[1].backward()
+    with torch.no_grad():
+        for x in seen:
+            for i, n in enumerate(silu_experts(x[0], model.transformer.h[0].mlp, 3)[1]):
+                load[i] += n
+    for group in (group for o in optimizers for group in o.param_groups):
+        group["lr"] = 0.1 / 2 * group["lr_scale"]  # the schedule half way down
+    for optimizer in optimizers:
+        optimizer.step()
+    mean, after = sum(load) / 8, model.transformer.h[0].mlp.balance.bias.tolist()
+    assert min(load) < mean < max(load) and sum(load) == 3 * IDX.numel()
+    for b, n, now in zip(before, load, after, strict=True):
+        assert now == pytest.approx(b - 0.125 * ((n > mean) - (n < mean)))
+    gradient = model.transformer.h[0].mlp.balance.bias.grad
+    assert gradient.abs().max() < 1e-6  # of no weight in the norm of all gradients

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from nanoswitch.cache import LayerCache
 from nanoswitch.cli import at_least
 from nanoswitch.generation import Generation
-from nanoswitch.kernels import KERNELS, attention_mask, flex_mask, window_masks
+from nanoswitch.kernels import KERNELS, attention_mask, flex_mask, repeat_heads, window_masks
 from nanoswitch.loss import MeanCrossEntropy, cross_entropies, softcap
 from nanoswitch.registry import Table, read_settings, unknown
 
@@ -453,7 +453,7 @@ class Attention(nn.Module):
     def attend(self, q, k, v, mask, cache, x):
         """q (B, nh, T, hs), k and v (B, nkv, Tk, hs) -> (B, nh, T, hs); x (B, T, C) what the layer
         was given."""
-        return self.kernel(q, self.share(k), self.share(v), mask, self.dropout * self.training)
+        return self.kernel(q, k, v, mask, self.dropout * self.training)
 
     def output(self, y, x, carry):
         """The heads' results (B, T, C), side by side, and what the layer was given (B, T, C) ->
@@ -462,8 +462,7 @@ class Attention(nn.Module):
 
     def share(self, x):
         """Key or value heads, (B, nkv, T, hs) -> one for every query head, (B, nh, T, hs)."""
-        # SDPA's own enable_gqa falls to its slowest kernel in fp32 and with a mask
-        return x if self.nkv == self.nh else x.repeat_interleave(self.nh // self.nkv, dim=1)
+        return repeat_heads(x, self.nh)
 
     def mask(self, pos, wpe, docs=None, cache=None):
         """What the queries at pos (T,) may attend to, as kernels.py has it; the layers of one

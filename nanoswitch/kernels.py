@@ -3,7 +3,7 @@
 A mask is None for plain causal attention (and for one query that sees all keys), a tensor as
 attention_mask makes it, a list of chunks as window_masks makes it, or what flex_mask makes.
 
-Shapes: B batch, Tq queries, Tk keys, nh heads, hs their size.
+Shapes: B batch, Tq queries, Tk keys, nh heads, nkv of keys and values, hs their size.
 """
 
 import collections
@@ -72,9 +72,13 @@ def whole(n, unit):
 
 
 def sdpa(q, k, v, mask, dropout, kernels=None):
-    """torch's fused attention. No mask means plain causal, for which it has its fastest kernel, or
-    one query that sees all keys: torch's causal mask would let it see the first only. kernels:
-    those that torch may choose from; None leaves it to torch."""
+    """torch's fused attention: q (B, nh, Tq, hs), k and v (B, nkv, Tk, hs) -> (B, nh, Tq, hs). No
+    mask means plain causal, for which it has its fastest kernel, or one query that sees all keys:
+    torch's causal mask would let it see the first only. kernels: those that torch may choose from;
+    None leaves it to torch."""
+    grouped = q.size(1) != k.size(1)
+    if grouped and not takes_groups(q, mask, kernels):
+        grouped, k, v = False, repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if isinstance(mask, list):
         return sdpa_in_chunks(q, k, v, mask, dropout, kernels)
     if mask is not None and mask.dtype != torch.bool:
@@ -83,10 +87,23 @@ def sdpa(q, k, v, mask, dropout, kernels=None):
         kernels = kernels or MASKED
     with sdpa_kernel(kernels) if kernels else contextlib.nullcontext():
         if mask is None and q.size(2) == 1:  # a branch: torch.compile takes no symbol as is_causal
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, enable_gqa=grouped)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=grouped
         )
+
+
+def repeat_heads(x, nh):
+    """Key or value heads, (B, nkv, T, hs) -> one for every query head, (B, nh, T, hs)."""
+    return x if x.size(1) == nh else x.repeat_interleave(nh // x.size(1), dim=1)
+
+
+def takes_groups(q, mask, kernels):
+    """Whether the kernel that torch takes for q reads one key head for several query heads: flash
+    and cuDNN do, on cards from Ampere on, which alone have bf16, and without a mask. Elsewhere
+    torch would fall to its math kernel, all Tq x Tk scores in memory."""
+    free = kernels is None or SDPBackend.FLASH_ATTENTION in kernels
+    return free and q.is_cuda and q.dtype == torch.bfloat16 and mask is None and q.size(-1) <= 128
 
 
 def sdpa_in_chunks(q, k, v, chunks, dropout, kernels):
@@ -122,9 +139,9 @@ def flex(q, k, v, mask, dropout):
         return sdpa(q, k, v, mask, dropout)
     block_mask, bias = mask
     score_mod = None if bias is None else lambda score, b, h, i, j: score + bias[h, i, j]
-    if q.is_cuda and not torch.compiler.is_compiling():
-        return compiled_flex()(q, k, v, score_mod, block_mask)  # unfused unless compiled
-    return flex_attention(q, k, v, score_mod, block_mask)
+    outside = q.is_cuda and not torch.compiler.is_compiling()  # unfused unless compiled
+    attend, grouped = compiled_flex() if outside else flex_attention, q.size(1) != k.size(1)
+    return attend(q, k, v, score_mod, block_mask, enable_gqa=grouped)
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """The masks that CUDA's kernels take: chunks of a window, and the blocks of FlexAttention."""
 
+import math
+
 import pytest
 import torch
 from builders import tiny
@@ -83,3 +85,56 @@ def test_the_mask_of_flex_is_never_whole():
     with Sizes():
         kernels.flex_mask(torch.arange(T), torch.arange(T), 0, None, docs, docs)
     assert B * (T // 128) ** 2 <= max(sizes) <= T * T / 100
+
+
+# ----------------------------------------------------------------------------- shared key heads
+
+
+def written_out(q, k, v, causal):
+    """Query head h attends to key head h // (nh / nkv), one head and one query at a time."""
+    B, nh, T, hs = q.shape
+    nkv, Tk, rows = k.size(1), k.size(2), []
+    for b in range(B):
+        for h in range(nh):
+            keys, values = k[b, h // (nh // nkv)], v[b, h // (nh // nkv)]
+            for t in range(T):
+                n = t + 1 if causal else Tk
+                weights = (keys[:n] @ q[b, h, t] / math.sqrt(hs)).softmax(0)
+                rows.append(weights @ values[:n])
+    return torch.stack(rows).view(q.shape)
+
+
+def heads(T, nkv, dtype, device):
+    generator = torch.Generator().manual_seed(nkv)
+    shapes = (2, 6, T, 16), (2, nkv, 12, 16), (2, nkv, 12, 16)
+    drawn = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    return [x.requires_grad_() for x in drawn]
+
+
+def check_shared_heads(T, nkv, dtype=torch.float32, device="cpu", tolerance=1e-5):
+    q, k, v = heads(T, nkv, dtype, device)
+    exact = [x.detach().float().cpu().requires_grad_() for x in (q, k, v)]
+    want = written_out(*exact, causal=T > 1)
+    got = kernels.sdpa(q, k, v, None, 0.0)
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad((got.float() * weights.to(device)).sum(), (q, k, v))
+    wanted = torch.autograd.grad((want * weights).sum(), exact)
+    for ours, theirs in zip((got, *found), (want, *wanted), strict=True):
+        torch.testing.assert_close(ours.float().cpu(), theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("nkv", [1, 2, 3, 6])
+@pytest.mark.parametrize("T", [1, 12])
+def test_heads_that_share_keys_copied_or_not(T, nkv, grouped, monkeypatch):
+    monkeypatch.setattr(kernels, "takes_groups", lambda *_: grouped)
+    check_shared_heads(T, nkv)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nkv", [1, 2, 3, 6])
+@pytest.mark.parametrize("T", [1, 12])
+def test_heads_that_share_keys_on_cuda(T, nkv):
+    q = heads(T, nkv, torch.bfloat16, "cuda")[0]
+    assert kernels.takes_groups(q, None, None)
+    check_shared_heads(T, nkv, torch.bfloat16, "cuda", 0.05)

@@ -69,9 +69,10 @@ def test_a_card_takes_what_is_left_too(shim):
 
 @pytest.mark.slow
 def test_what_needs_a_card_passes_on_one_that_is_not_there(shim):
-    """The tests marked gpu of attention and decoding, with numbers: see pretend.py."""
+    """The tests marked gpu of attention, its kernels and decoding, with numbers: see pretend.py."""
     own = {"LD_PRELOAD": str(shim), "PYTHONPATH": f"{ROOT}:{FOLDER}", "OMP_NUM_THREADS": "1"}
-    files = [ROOT / "tests" / name for name in ("test_attention.py", "test_decoding.py")]
+    names = ("test_attention.py", "test_kernels.py", "test_decoding.py")
+    files = [ROOT / "tests" / name for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "pretend", "-m", "gpu", *files]
     done = subprocess.run(
         command, env=os.environ | own, cwd=ROOT, capture_output=True, text=True, timeout=1800
@@ -105,6 +106,16 @@ def test_each_card_takes_the_kernels_of_its_own(found):
     taken = {card: {k for line in found[card] for k in line["kernels"]} for card in CARDS}
     assert taken["ampere"] == {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"}
     assert taken["hopper"] == taken["ampere"] | {"CUDNN_ATTENTION"}
+
+
+def test_kernels_that_know_shared_key_heads_get_them_uncopied_and_only_those(found):
+    """Else torch takes its math kernel, which holds all T x T scores."""
+    for card, kernel in (("ampere", "FLASH_ATTENTION"), ("hopper", "CUDNN_ATTENTION")):
+        grouped = {k for line in found[card] for k in line["grouped"]}
+        assert kernel in grouped <= {"FLASH_ATTENTION", "CUDNN_ATTENTION"}
+        for line in found[card]:
+            if line["grouped"]:
+                assert line["case"]["n_kv_head"] in (1, 2) and "dtype" not in line["case"]
 
 
 def test_the_cases_hold_every_switch_and_all_pairs_that_go_together():

@@ -21,12 +21,13 @@ COMPUTE = {"ampere": (8, 0), "hopper": (9, 0)}
 
 
 class Card(TorchDispatchMode):
-    """What on FakeTensors is not as on a card. kernels: those that attention took; odd_masks:
-    widths of masks that it had to pad to a multiple of 8."""
+    """What on FakeTensors is not as on a card. kernels: those that attention took; grouped: those
+    that got fewer key heads than query heads; odd_masks: widths of masks that it had to pad to a
+    multiple of 8."""
 
     def __init__(self, name):
         super().__init__()
-        self.name, self.kernels, self.odd_masks = name, set(), set()
+        self.name, self.kernels, self.grouped, self.odd_masks = name, set(), set(), set()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -36,28 +37,36 @@ class Card(TorchDispatchMode):
             args = (args[0], [part for i in args[1] for part in places(i)], *args[2:])
         return operator(*args, **kwargs)
 
-    def choose(self, q, mask):
+    def choose(self, q, mask, grouped=False):
         """The kernel that torch 2.11 and later take for q (B, nh, T, hs), as sdp_utils.cpp has it,
-        among those that sdpa_kernel allows."""
+        among those that sdpa_kernel allows. grouped: keys and values have fewer heads."""
         allowed, half = torch.backends.cuda, q.dtype in HALVES
         fused = q.dim() == 4 and q.size(-1) % 8 == 0
         if fused and half and self.name == "hopper" and allowed.cudnn_sdp_enabled():
             return SDPBackend.CUDNN_ATTENTION
         if fused and half and mask is None and allowed.flash_sdp_enabled():
             return SDPBackend.FLASH_ATTENTION
-        if fused and allowed.mem_efficient_sdp_enabled():
+        if fused and not grouped and allowed.mem_efficient_sdp_enabled():
             return SDPBackend.EFFICIENT_ATTENTION
         if allowed.math_sdp_enabled():
             return SDPBackend.MATH
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    def attend(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+    def attend(
+        self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
         """torch.nn.functional.scaled_dot_product_attention, whose own choice a CPU build makes
         without asking: for tensors on a card always the math kernel."""
-        kernel, bias, train = self.choose(q, attn_mask), attn_mask, torch.is_grad_enabled()
+        assert enable_gqa or q.size(1) == k.size(1) == v.size(1)
+        kernel = self.choose(q, attn_mask, enable_gqa)
+        bias, train = attn_mask, torch.is_grad_enabled()
         self.kernels.add(kernel.name)
+        if enable_gqa:
+            self.grouped.add(kernel.name)
         if kernel == SDPBackend.MATH:
-            return math_attention(q, k, v, attn_mask, dropout_p, is_causal)
+            return math_attention(
+                q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         if kernel == SDPBackend.FLASH_ATTENTION:
             return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
         if kernel == SDPBackend.CUDNN_ATTENTION:
@@ -90,9 +99,11 @@ def efficient_attention(q, k, v, mask, dropout_p, is_causal):
 math_attention = torch.nn.functional.scaled_dot_product_attention
 
 
-def flex_attention(q, k, v, score_mod, block_mask):
+def flex_attention(q, k, v, score_mod, block_mask, enable_gqa=False):
     """FlexAttention written out: compiled it would need the card."""
     (B, nh, Tq, hs), Tk = q.shape, k.size(2)
+    assert enable_gqa or q.size(1) == k.size(1) == v.size(1)
+    k, v = (x.repeat_interleave(nh // x.size(1), dim=1) for x in (k, v))
     b, h, i, j = (
         torch.arange(n, device=q.device).view(-1, *[1] * (3 - dim))
         for dim, n in enumerate((B, nh, Tq, Tk))

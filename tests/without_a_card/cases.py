@@ -2,7 +2,7 @@
 LD_PRELOAD=shim.so python cases.py ampere|hopper variants|quick '{"attention": "NAME"}' ...
 
 Runs the works below on cases enough to hold all pairs of switches, with FakeTensors on a card that
-is not there, and prints a JSON line each: {"work", "case", "error", "kernels"}.
+is not there, and prints a JSON line each: {"work", "case", "error", "kernels", "grouped"}.
 test_without_a_card.py and nanoswitch/prove.py start it."""
 
 import itertools
@@ -253,7 +253,7 @@ def where(error):
 
 def run(work, case, folder, name):
     """-> the line to print."""
-    error, taken = "", []
+    error, taken, grouped = "", [], []
     try:
         with (
             mock.patch.object(GPT, "to", to),
@@ -263,14 +263,15 @@ def run(work, case, folder, name):
             inserted(name) as card,
         ):
             WORKS[work](case, folder, card)
-            taken = sorted(card.kernels)
+            taken, grouped = sorted(card.kernels), sorted(card.grouped)
     except Exception as problem:
         reason = " ".join(str(problem).split())[:300]
         error = f"{type(problem).__name__}: {reason} at {where(problem)}"
         if "--debug" in sys.argv:
             traceback.print_exc()
     changed = {k: v for k, v in case.items() if v != (SWITCHES | RUN | RANKS)[k][0]}
-    return {"work": work, "case": changed, "error": error, "kernels": taken}
+    found = {"work": work, "case": changed, "error": error}
+    return found | {"kernels": taken, "grouped": grouped}
 
 
 def plan(name, part):

@@ -75,8 +75,9 @@ class Driver:
         return True
 
 
-def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, enable_gqa=False):
     """torch's own choice on a card, among the kernels that take a mask if there is one."""
+    assert q.size(1) == k.size(1) or (enable_gqa and attn_mask is None)
     if attn_mask is not None:
         return efficient_attention(q, k, v, attn_mask, dropout_p, is_causal)
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]

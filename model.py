@@ -28,7 +28,14 @@ import torch.nn.functional as F
 from nanoswitch.cache import LayerCache
 from nanoswitch.cli import at_least
 from nanoswitch.generation import Generation
-from nanoswitch.kernels import KERNELS, attention_mask, flex_mask, repeat_heads, window_masks
+from nanoswitch.kernels import (
+    KERNELS,
+    attention_mask,
+    flex_mask,
+    repeat_heads,
+    takes_flex,
+    window_masks,
+)
 from nanoswitch.loss import MeanCrossEntropy, cross_entropies, softcap
 from nanoswitch.registry import Table, read_settings, unknown
 
@@ -406,6 +413,7 @@ class Attention(nn.Module):
     mask, cache, heads, attend, output, or all of forward."""
 
     replayable = True  # with a cache, shapes stay the same: a CUDA graph can replay a step
+    may_flex = True  # until the compiler fails at FlexAttention
 
     def __init__(self, config, layer):
         super().__init__()
@@ -469,7 +477,9 @@ class Attention(nn.Module):
         class, window and encoding share it. wpe: their position encoding; docs: the documents
         (B, T) of the queries and (B, Tk) of the keys, if attention keeps within them."""
         bias, T = wpe.bias if has_bias(wpe) else None, len(pos)
-        flex = self.kernel is KERNELS["flex"] and cache is None
+        masked = 0 < self.window < T or docs is not None
+        learned = bias is not None and len(list(wpe.parameters())) > 0
+        flex = cache is None and takes_flex(self, pos, masked, learned)
         k_pos = pos if cache is None else cache.ring.k_pos
         if k_pos is pos and 0 < self.window < T and not flex:
             return window_masks(pos, self.window, bias, docs and docs[0])

@@ -11,13 +11,20 @@ def compiled(trainer):
     wanted = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
     if not wanted or device.type == "mps":
         return trainer.model
-    # a smaller micro-batch later is compiled anew: with a symbol for its size, all would be slower
-    forward = torch.compile(trainer.model, dynamic=False)
-    problem = failure(trainer, forward)
-    if not trainer.ranks.sum(bool(problem))[0]:
-        return forward
-    if problem:
-        print(f"torch.compile does not work here ({problem}): training without it")
+    model_config = trainer.model_config
+    masked = model_config.window or model_config.document_mask
+    # FlexAttention, which a card then takes where it may choose, is the hardest part to compile
+    flexes = masked and model_config.attention_kernel == "auto" and device.type == "cuda"
+    for what in ("FlexAttention", "it") if flexes else ("it",):
+        # a smaller micro-batch later is compiled anew: with a symbol for its size, all is slower
+        forward = torch.compile(trainer.model, dynamic=False)
+        problem = failure(trainer, forward)
+        if not trainer.ranks.sum(bool(problem))[0]:
+            return forward
+        if problem:
+            print(f"torch.compile does not work here ({problem}): training without {what}")
+        for block in trainer.model.transformer.h:
+            block.attn.may_flex = False
     return trainer.model
 
 

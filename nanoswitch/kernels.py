@@ -1,7 +1,7 @@
 """Who may look at whom, and the kernels that attend under it.
 
 A mask is None for plain causal attention (and for one query that sees all keys), a tensor as
-attention_mask makes it, a list of chunks as window_masks makes it, or what flex_mask makes.
+attention_mask makes it, a list of chunks as window_masks makes it, or a tuple as flex_mask does.
 
 Shapes: B batch, Tq queries, Tk keys, nh heads, nkv of keys and values, hs their size.
 """
@@ -76,6 +76,8 @@ def sdpa(q, k, v, mask, dropout, kernels=None):
     mask means plain causal, for which it has its fastest kernel, or one query that sees all keys:
     torch's causal mask would let it see the first only. kernels: those that torch may choose from;
     None leaves it to torch."""
+    if isinstance(mask, tuple):
+        return flex(q, k, v, mask, dropout)
     grouped = q.size(1) != k.size(1)
     if grouped and not takes_groups(q, mask, kernels):
         grouped, k, v = False, repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
@@ -131,6 +133,18 @@ def sdpa_flash(q, k, v, mask, dropout):
 def sdpa_math(q, k, v, mask, dropout):
     """Attention step by step, all T x T scores in memory: "regular" attention."""
     return sdpa(q, k, v, mask, dropout, [SDPBackend.MATH])
+
+
+def takes_flex(attn, pos, masked, learned):
+    """Whether FlexAttention serves an Attention from positions pos: by name; or, where the choice
+    is free, for what is masked (a window, documents) inside a compiled graph on a card, for it
+    alone skips that there. It has no dropout and no heads below 16, and would add up the gradient
+    of a learned bias score by score."""
+    if attn.kernel is flex:
+        return True
+    compiled = pos.is_cuda and torch.compiler.is_compiling() and len(pos) >= BLOCK
+    free = attn.kernel is sdpa and attn.may_flex and attn.hs >= 16 and not attn.dropout
+    return compiled and free and masked and not learned
 
 
 def flex(q, k, v, mask, dropout):

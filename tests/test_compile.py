@@ -1,6 +1,7 @@
 """torch.compile: no graph breaks, and compiled code that computes what eager code does."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from model import POSITIONS
+from nanoswitch import compiled
 from nanoswitch.cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,6 +97,40 @@ def test_a_compiled_graph_never_sees_the_logits(train, monkeypatch):
     weights = max(p.numel() for p in model.parameters())
     made = [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     assert 20 * V > weights >= max(x.numel() for x in made)
+
+
+@pytest.mark.parametrize(
+    "changes, fails, tries",
+    [
+        (dict(window=3), lambda flex: flex, [True, False]),
+        (dict(document_mask=True), lambda flex: True, [True, False]),
+        (dict(window=3), lambda flex: False, [True]),
+        (dict(), lambda flex: True, [True]),
+        (dict(window=3, attention_kernel="math"), lambda flex: True, [True]),
+    ],
+)
+def test_a_card_that_fails_at_flex_attention_compiles_without(
+    changes, fails, tries, monkeypatch, capsys
+):
+    model, seen = grown(tiny(**changes)), []
+
+    def failure(trainer, forward):
+        flex = {block.attn.may_flex for block in model.transformer.h}
+        seen.extend(flex)
+        return "it broke" if fails(*flex) else ""
+
+    monkeypatch.setattr(compiled, "failure", failure)
+    ranks = SimpleNamespace(sum=lambda x: [float(x)])
+    trainer = SimpleNamespace(
+        model=model, model_config=model.config, device=torch.device("cuda"), ranks=ranks,
+        config=SimpleNamespace(compile="auto"),
+    )  # fmt: skip
+    forward = compiled.compiled(trainer)
+    assert seen == tries and (forward is model) == fails(tries[-1])
+    words = ["FlexAttention", "it"][-len(tries) :][: sum(map(fails, tries))]
+    assert capsys.readouterr().out.splitlines() == [
+        f"torch.compile does not work here (it broke): training without {word}" for word in words
+    ]
 
 
 # ----------------------------------------------------------------------------- a C++ compiler

@@ -1,10 +1,11 @@
 """The masks that CUDA's kernels take: chunks of a window, and the blocks of FlexAttention."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import tiny
+from builders import documents, grown, tiny
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -85,6 +86,43 @@ def test_the_mask_of_flex_is_never_whole():
     with Sizes():
         kernels.flex_mask(torch.arange(T), torch.arange(T), 0, None, docs, docs)
     assert B * (T // 128) ** 2 <= max(sizes) <= T * T / 100
+
+
+def test_flex_attention_serves_masks_in_a_compiled_graph_on_a_card(monkeypatch):
+    class OnCard(list):  # positions
+        is_cuda = True
+
+    class OnHost(list):
+        is_cuda = False
+
+    def taken(pos, masked=True, learned=False, compiling=True, **attributes):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        attn = dict(kernel=kernels.KERNELS["auto"], may_flex=True, hs=64, dropout=0.0)
+        return kernels.takes_flex(SimpleNamespace(**attn | attributes), pos, masked, learned)
+
+    card = OnCard(range(1024))
+    assert taken(card)
+    assert not taken(OnHost(card)) and not taken(card, compiling=False)
+    assert not taken(card, masked=False) and not taken(card, learned=True)
+    assert not taken(OnCard(range(100))) and not taken(card, may_flex=False)
+    assert not taken(card, hs=8) and not taken(card, dropout=0.1)
+    assert not taken(card, kernel=kernels.KERNELS["math"])
+    assert taken(OnHost(range(9)), masked=False, kernel=kernels.KERNELS["flex"])
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(window=5), dict(document_mask=True), dict(pos="alibi", window=5, n_kv_head=2)]
+)
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@torch.no_grad()
+def test_by_flex_attention_a_model_computes_the_same(changes, monkeypatch):
+    model, exact = (grown(tiny(**changes, attention_kernel=kernel)) for kernel in ("auto", "math"))
+    flex = kernels.flex
+    own, seen = model.transformer.h[0].attn.kernel, []
+    monkeypatch.setattr("model.takes_flex", lambda attn, *_: attn.kernel is own)
+    monkeypatch.setattr(kernels, "flex", lambda *args: (seen.append(args), flex(*args))[1])
+    torch.testing.assert_close(model(documents())[0], exact(documents())[0], rtol=1e-4, atol=1e-4)
+    assert len(seen) == model.config.n_layer
 
 
 # ----------------------------------------------------------------------------- shared key heads

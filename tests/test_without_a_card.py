@@ -94,11 +94,14 @@ def test_a_compiled_step_is_machine_code_and_takes_no_more_memory_than_an_eager_
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=3600,
     )  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and len(found) == 5
+    assert done.returncode == 0 and len(found) == 7
     for line in found:
         assert not line["error"], line
         assert line["graphs"] == 2 and line["kernels"] > 20, line
         assert line["peak"] <= 1.02 * line["eager"], line
+        # what is masked, but by a learned bias, whose gradient it would add up score by score
+        masked = {"window", "documents"} & {*line["case"].split()}
+        assert line["flex"] == (bool(masked) and "kerple" not in line["case"]), line
 
 
 def test_each_card_takes_the_kernels_of_its_own(found):

@@ -2,8 +2,9 @@
 
 What torch.compile makes of a training step for a card of sm_90: Inductor's Triton source, and by
 Triton and ptxas the machine code of every kernel, without a card. Prints a JSON line for each of
-CASES: {"case", "error", "graphs", "kernels", "peak"}; peak: the most bytes of storages that are
-alive at once while the compiled code runs on FakeTensors. test_without_a_card.py starts it."""
+CASES: {"case", "error", "graphs", "kernels", "flex", "peak", "eager"}; flex: whether FlexAttention
+is among the kernels; peak: the most bytes of storages that are alive at once while the compiled
+code runs on FakeTensors, and eager: without the compiler. test_without_a_card.py starts it."""
 
 import contextlib
 import importlib.util
@@ -38,9 +39,11 @@ from nanoswitch.device import autocast
 T = 1024
 CASES = {
     "plain": {},
+    "window": dict(window=256, window_pattern="SL"),
     "window and alibi": dict(window=256, pos="alibi"),
     "window and kerple": dict(window=256, pos="kerple"),
     "documents": dict(document_mask=True),
+    "documents and window and alibi": dict(document_mask=True, window=256, pos="alibi"),
     "llama": dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=4, bias=False),
 }
 SM_90 = GPUTarget("cuda", 90, 32)
@@ -209,6 +212,7 @@ def main(B=32):
             with a_compiler_without_a_card():
                 sources, line["peak"], line["eager"] = step(case, B)
                 line["graphs"] = len(sources)
+                line["flex"] = any("flex_attention" in source for source in sources)
                 line["kernels"] = sum(map(to_machine_code, sources))
         except Exception as error:
             if "--debug" in sys.argv:

@@ -55,9 +55,14 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def decode_step(model, cache):
-    """The function that maps the newest token of every row of a KVCache, (B, 1), to the logits of
-    the next, (B, V used): the model's next_logits, on CUDA as a graph."""
+def same(logits):
+    return logits
+
+
+def decode_step(model, cache, pick=same, generator=None):
+    """The function that maps the newest token of every row of a KVCache, (B, 1), to what pick makes
+    of the logits of the next, (B, V used): the model's next_logits and the draw, on CUDA as one
+    graph. generator: what pick draws from, if not torch's own."""
     device = cache.device
     # CPUs attend from one query several times as fast in fp32
     cache.to(torch.float32 if device.type == "cpu" else model.lm_head.weight.dtype)
@@ -65,54 +70,60 @@ def decode_step(model, cache):
     replayable = model.caches and all(getattr(part, "replayable", True) for part in parts)
     if device.type == "cuda" and replayable:
         try:
-            return GraphedStep(model, cache)
+            return GraphedStep(model, cache, pick, generator)
         except RuntimeError as error:  # slower without, but the same
             cache.static = False
             reason = " ".join(str(error.__context__ or error).split())[:100]
             warnings.warn(f"no CUDA graph ({reason}): decoding without", stacklevel=2)
-    return functools.partial(in_own_dtype, model, cache)
+    return functools.partial(in_own_dtype, model, cache, pick)
 
 
-def in_own_dtype(model, cache, token, pos=None):
-    """next_logits without autocast: the weights have been cast."""
+def in_own_dtype(model, cache, pick, token, pos=None):
+    """pick of next_logits without autocast: the weights have been cast."""
     with torch.inference_mode(), autocast(token.device, torch.float32):
-        return model.next_logits(token, cache, pos)
+        return pick(model.next_logits(token, cache, pos))
 
 
 class GraphedStep:
     """decode_step as a CUDA graph, which launches all its kernels at once: one by one that takes
     many times as long as to run them. It reads the token and its position from two tensors."""
 
-    def __init__(self, model, cache):
+    def __init__(self, model, cache, pick=same, generator=None):
         model.check_length(cache.seen + 1)
         rows, device = len(cache.layers[0].tensors[0]), cache.device
-        self.model, self.cache, cache.static = model, cache, True
+        self.model, self.cache, self.pick, cache.static = model, cache, pick, True
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.pos = torch.full((1,), cache.seen, device=device)
+        state = generator and generator.get_state()
         # what this leaves in the cache, the first token overwrites
-        self.replay = record(self.step, device)
+        self.replay = record(self.step, device, generator)
+        if generator:  # what it drew is drawn again
+            generator.set_state(state)
 
     def step(self):
         seen = self.cache.seen
         try:
-            return in_own_dtype(self.model, self.cache, self.token, self.pos)
+            return in_own_dtype(self.model, self.cache, self.pick, self.token, self.pos)
         finally:
             self.cache.seen = seen  # counted below: Python does not run when a graph does
 
     def __call__(self, token):
         self.model.check_length(self.cache.seen + 1)
         self.token.copy_(token)
-        logits = self.replay()
+        result = self.replay().clone()  # the next replay writes over it
         self.pos += 1
         self.cache.seen += 1
-        return logits
+        return result
 
 
-def record(step, device):
+def record(step, device, generator=None):
     """Record the kernels that step() launches on a CUDA device -> a function that runs them again
-    and returns the tensor that step() did, with new content."""
+    and returns the tensor that step() did, with new content. generator: what step() draws from, if
+    it is not torch's own."""
     with torch.cuda.device(device):
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        if generator:
+            graph.register_generator_state(generator)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # its own: torch's default one serves one card
             step()  # libraries make at their first call what cannot be recorded

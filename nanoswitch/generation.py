@@ -28,18 +28,26 @@ class Generation:
 
         temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the fewest
         likeliest whose probabilities reach p. Padding ids (vocab_used and up) are never drawn.
-        decoder: what takes over after the prompt, see nanoswitch/decode.py: from the cache it makes
-        a function of the newest tokens (B, 1), whose result is next_logits'.
+        decoder: what takes over after the prompt, see nanoswitch/decode.py: from the cache, the
+        draw and its generator it makes a function of the newest tokens (B, 1) -> the next (B,).
         """
         cache = KVCache(self, idx.size(1) + max_new_tokens) if use_cache else None
-        step, fresh = functools.partial(self.next_logits, cache=cache), idx
+        options = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        pick = functools.partial(sample_token, **options)
+        step, seen = functools.partial(self.next_token, pick=pick, cache=cache), idx
         for i in range(max_new_tokens):
             if i == 1 and decoder is not None:
-                step = decoder(cache)
-            logits = step(fresh if use_cache else idx)
-            fresh = sample_token(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
-            idx = torch.cat((idx, fresh), dim=1)
-            yield fresh[:, 0]
+                step = decoder(cache, pick, generator)
+            token = step(seen)  # (B,)
+            seen = token[:, None] if use_cache else torch.cat((seen, token[:, None]), dim=1)
+            yield token
+
+    def next_token(self, idx, pick, cache=None):
+        """idx (B, T) -> (B,): what pick makes of next_logits. ValueError where they are NaN."""
+        logits = self.next_logits(idx, cache)
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite numbers: its weights are broken")
+        return pick(logits)
 
     def next_logits(self, idx, cache=None, pos=None):
         """idx (B, T), pos (T,) as for features -> (B, V used) fp32, the logits of what follows."""
@@ -65,8 +73,14 @@ def sample_token(logits, temperature, top_k, top_p, generator=None):
         logits, ids = logits.sort(descending=True)
     probs = (logits / temperature).softmax(-1)
     if nucleus:
-        beyond = probs.cumsum(-1) - probs >= top_p  # reached before this token, so not needed
-        beyond[:, 0] = False
-        probs = probs.masked_fill(beyond, 0)
-    drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1), makes them sum to 1
+        before = probs.cumsum(-1) - probs  # of the likeliest exactly 0, so it stays
+        probs = probs.masked_fill(before >= max(top_p, 1e-30), 0)  # reached without this token
+    drawn = draw(probs, generator)  # (B, 1)
     return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
+
+
+def draw(probs, generator=None):
+    """torch.multinomial for one draw a row, number for number, but without its checks, for which
+    the host waits: probs (B, n) of any sum -> (B, 1). Of p_i / e_i with e_i from Exp(1) the i-th is
+    largest with a probability proportional to p_i."""
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, True)

@@ -49,7 +49,7 @@ def test_the_half_precision_decoder_says_what_whole_passes_say(changes):
     model, idx = grown(tiny(**changes), std=0.1), documents()
     cache = KVCache(model, 23)
     model.next_logits(idx[:, :9], cache)
-    step = decode.decoder(model, torch.bfloat16, rows=2)(cache)
+    step = decode.decoder(model, torch.bfloat16, rows=2)(cache)  # -> logits
     for t in range(9, 23):
         want = model(idx[:, : t + 1])[0][:, -1, : model.config.vocab_used]
         got = step(idx[:, t : t + 1])
@@ -65,7 +65,7 @@ class Recorder(TorchDispatchMode):
 
     HOST = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
 
-    def __init__(self, step, device):
+    def __init__(self, step, device, generator):
         super().__init__()
         self.calls = []
         with self:
@@ -102,6 +102,34 @@ def test_a_recorded_step_decodes_as_whole_passes_do(changes, recorded):
     assert torch.equal(model.generate(idx, new, temperature=0, decoder=decoder(model)), want)
 
 
+DRAWS = [dict(), dict(top_k=5), dict(temperature=0.7, top_p=0.8), dict(top_k=9, top_p=0.5)]
+
+
+def assert_the_same_draws(model, idx, options):
+    """A recorded step draws what the model itself does without one, from the same seed."""
+    texts, device = [], idx.device
+    for fast in (None, decoder(model), decoder(model)):
+        generator = torch.Generator(device).manual_seed(len(texts) // 2)
+        texts.append(model.generate(idx, 14, **options, generator=generator, decoder=fast))
+        after = torch.rand(3, generator=generator, device=device)
+        texts[-1] = torch.cat((texts[-1].flatten(), after))  # nor did it draw more
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[1], texts[2])
+
+
+@pytest.mark.parametrize("options", DRAWS, ids=str)
+def test_a_recorded_step_draws_as_the_model_itself_does(options, recorded):
+    model = grown(tiny(pos="rope", window=9, n_kv_head=2), std=0.1)
+    assert_the_same_draws(model, documents()[:, :7], options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", DRAWS, ids=str)
+@pytest.mark.filterwarnings("error:no CUDA graph")
+def test_a_cuda_graph_draws_as_the_model_itself_does(options):
+    model = grown(tiny(pos="rope", window=9, n_kv_head=2), std=0.1).cuda()
+    assert_the_same_draws(model, documents()[:, :7].cuda(), options)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", MASKS, ids=str)
 @pytest.mark.filterwarnings("error:no CUDA graph")
@@ -120,7 +148,8 @@ def test_where_nothing_can_be_recorded_decoding_goes_on_without(monkeypatch):
     cache = SimpleNamespace(device=on_card, to=lambda dtype: None)
     with pytest.warns(UserWarning, match="no CUDA graph .not permitted when capturing.: decoding"):
         step = decode.decode_step(model, cache)
-    assert step.func == decode.in_own_dtype and step.args == (model, cache) and not cache.static
+    assert step.func == decode.in_own_dtype and step.args == (model, cache, decode.same)
+    assert not cache.static
 
 
 def test_a_recorded_step_still_knows_the_models_last_position(recorded):

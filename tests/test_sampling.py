@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from builders import grown, tiny, tokens
+from builders import grown, refused, tiny, tokens
 
-from nanoswitch.generation import sample_token
+from nanoswitch.generation import draw, sample_token
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,12 +56,12 @@ def test_top_k_and_top_p_draw_from_the_right_distribution(temperature, top_k, to
     logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)) * 2
     found, rows, candidate, weights = torch.zeros(3, 12), torch.arange(3), 0, torch.ones(3, 1)
 
-    def draw(probs, n, generator):  # each candidate in turn
+    def draw(probs, generator):  # each candidate in turn
         nonlocal weights
         weights = probs / probs.sum(1, keepdim=True)
         return torch.full((3, 1), candidate)
 
-    monkeypatch.setattr(torch, "multinomial", draw)
+    monkeypatch.setattr("nanoswitch.generation.draw", draw)
     while candidate < weights.size(1):
         ids = sample_token(logits, temperature, top_k, top_p)  # (3,)
         found[rows, ids] += weights[:, candidate]
@@ -81,6 +81,24 @@ def test_draws_follow_the_probabilities():
     drawn = sample_token(probs.log().expand(20000, 4), 1.0, None, None, generator)
     shares = drawn.bincount(minlength=4) / 20000
     torch.testing.assert_close(shares, probs, rtol=0, atol=0.015)  # four standard errors
+
+
+@pytest.mark.parametrize("n", [1, 2, 50, 50257])
+def test_a_draw_is_torchs_own_number_for_number(n):
+    probs = torch.rand(3, n, generator=torch.Generator().manual_seed(0)) ** 4
+    probs[0, : n // 2] = 0
+    for seed in range(20):
+        one, other = (torch.Generator().manual_seed(seed) for _ in range(2))
+        assert torch.equal(draw(probs, one), torch.multinomial(probs, 1, generator=other))
+        assert torch.equal(one.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error_of_one_line(temperature):
+    model = grown(tiny())
+    model.transformer.ln_f.weight.data[3] = math.nan
+    with refused("logits", "not finite"):
+        model.generate(tokens(model.config, 2, 4), 3, temperature=temperature)
 
 
 def test_the_same_generator_seed_gives_the_same_text():

@@ -178,7 +178,7 @@ def decoder_copy(model):
     return swap(new, lambda p: torch.empty_like(p, device="cuda")).eval()
 
 
-def record(step, device):
+def record(step, device, generator):
     """decode.record without a graph: the step has to run twice, and give the same shape."""
     first = step()
 

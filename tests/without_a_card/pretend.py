@@ -141,7 +141,7 @@ class Tape(TorchDispatchMode):
         return out
 
 
-def record(step, device):
+def record(step, device, generator):
     """decode.record: what runs again are the operators alone, on the tensors that they had."""
     step()
     tape = Tape()

@@ -17,8 +17,9 @@ CHUNK_ROWS = 4096  # whose sum, of gradients of at most 1 times features of at m
 
 def loss_chunks(x, w):
     """Equal slices over the rows of x, (N, C): as few as keep the logits x @ w.T of each within
-    CHUNK_BYTES and CHUNK_ROWS."""
-    rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (len(w) * x.element_size())))
+    CHUNK_ROWS and CHUNK_BYTES, on a card twice that: each chunk moves all of w's gradient."""
+    most = CHUNK_BYTES * (2 if x.is_cuda else 1)
+    rows = min(CHUNK_ROWS, max(1, most // (len(w) * x.element_size())))
     size = max(1, math.ceil(len(x) / max(1, math.ceil(len(x) / rows))))
     return [slice(i, i + size) for i in range(0, len(x), size)]
 
@@ -52,10 +53,12 @@ def loss_and_gradients(x, weight, targets, cap, gradient=None):
     """x (N, C), weight (V, C), targets (N,) -> the sum of the cross entropies, in fp32, and its
     gradients with respect to x and weight. gradient: into_gradient, or what computes the same."""
     gradient = gradient or into_gradient
-    w = weight.to(x.dtype)
-    wT = transposed(w)
-    loss = x.new_zeros((), dtype=torch.float32)
-    dx, dwT = torch.empty_like(x), weight.new_zeros(weight.T.shape)
+    w, dx, loss = weight.to(x.dtype), torch.empty_like(x), x.new_zeros((), dtype=torch.float32)
+    if x.is_cuda:  # its products read either layout
+        wT, dw = w.T, torch.zeros_like(weight)
+        dwT = dw.T
+    else:
+        wT, dwT = transposed(w), weight.new_zeros(weight.T.shape)
     for rows in loss_chunks(x, w):
         logits = softcap(x[rows] @ wT, cap)  # (chunk, V)
         part, logits = gradient(logits, targets[rows], cap)
@@ -63,10 +66,12 @@ def loss_and_gradients(x, weight, targets, cap, gradient=None):
         dx[rows] = logits @ w
         if logits.dtype == dwT.dtype:
             dwT.addmm_(x[rows].T, logits)
+        elif x.is_cuda:  # one kernel multiplies and adds to the sum, in fp32
+            torch.addmm(dw, logits.T, x[rows], out_dtype=dw.dtype, out=dw)
         else:  # each product is rounded once, their sum is kept in fp32
             dwT += transposed(x[rows]) @ logits
         del logits  # before the next chunk's are made
-    return loss, dx, transposed(dwT)  # in the weight's own layout
+    return loss, dx, dw if x.is_cuda else transposed(dwT)  # in the weight's own layout
 
 
 def into_gradient(logits, targets, cap):

@@ -76,6 +76,38 @@ def test_every_row_is_in_exactly_one_chunk(N, dtype):
     assert all(len(range(N)[s]) <= 4096 for s in narrow)
 
 
+def test_chunks_are_larger_on_a_card():
+    class OnCard(torch.Tensor):
+        is_cuda = True
+
+    x, w = (torch.empty(N, 8, dtype=torch.bfloat16) for N in (2**16, 50304))
+    assert len(loss_chunks(x, w)) == 25 and len(loss_chunks(x.as_subclass(OnCard), w)) == 16
+    wide = torch.empty(2**18, 8, dtype=torch.bfloat16)
+    chunks = loss_chunks(x.as_subclass(OnCard), wide)
+    assert max(len(range(2**16)[rows]) for rows in chunks) * 2**18 * 2 <= 2**29
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loss_and_gradients_on_cuda(dtype, monkeypatch):
+    monkeypatch.setattr("nanoswitch.loss.CHUNK_BYTES", 100 * 997 * dtype.itemsize)  # 2 chunks
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(N, 64, generator=generator) for N in (300, 997))
+    x, targets = x.to(dtype), torch.randint(997, (300,), generator=generator)
+    targets[::7] = -1
+    ours = x.cuda().requires_grad_(), weight.cuda().requires_grad_()
+    loss = MeanCrossEntropy.apply(*ours, targets.cuda(), 0.0)
+    exact = x.float().requires_grad_(), weight.requires_grad_()
+    want = F.cross_entropy(exact[0] @ exact[1].T, targets, ignore_index=-1)
+    for scale in (loss * 1024, want * 1024):
+        scale.backward()
+    rtol = 1e-4 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(loss.cpu(), want, rtol=rtol, atol=rtol)
+    for got, true in zip(ours, exact, strict=True):
+        error = (got.grad.cpu().float() - true.grad).norm()
+        assert error < rtol * true.grad.norm() and got.grad.dtype == got.dtype
+
+
 def test_the_logits_are_never_whole():
     """The largest tensor that the loss makes has a chunk's rows, not all of them."""
     sizes = []

@@ -69,9 +69,9 @@ def test_a_card_takes_what_is_left_too(shim):
 
 @pytest.mark.slow
 def test_what_needs_a_card_passes_on_one_that_is_not_there(shim):
-    """The tests marked gpu of attention, its kernels and decoding, with numbers: see pretend.py."""
+    """The tests of attention, loss and decoding that are marked gpu, with numbers: pretend.py."""
     own = {"LD_PRELOAD": str(shim), "PYTHONPATH": f"{ROOT}:{FOLDER}", "OMP_NUM_THREADS": "1"}
-    names = ("test_attention.py", "test_kernels.py", "test_decoding.py")
+    names = ("test_attention.py", "test_kernels.py", "test_loss.py", "test_decoding.py")
     files = [ROOT / "tests" / name for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "pretend", "-m", "gpu", *files]
     done = subprocess.run(

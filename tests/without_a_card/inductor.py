@@ -1,12 +1,17 @@
 """LD_PRELOAD=shim.so TRITON=folder python inductor.py
+LD_PRELOAD=shim.so TRITON=folder python inductor.py count 64 '{"n_layer": 12}' ...
 
 What torch.compile makes of a training step for a card of sm_90: Inductor's Triton source, and by
 Triton and ptxas the machine code of every kernel, without a card. Prints a JSON line for each of
 CASES: {"case", "error", "graphs", "kernels", "flex", "peak", "eager"}; flex: whether FlexAttention
 is among the kernels; peak: the most bytes of storages that are alive at once while the compiled
-code runs on FakeTensors, and eager: without the compiler. test_without_a_card.py starts it."""
+code runs on FakeTensors, and eager: without the compiler. test_without_a_card.py starts it.
+
+count B: of configs of one's own with B sequences, what the compiled step's own kernels are, without
+products and attention: how many launches, and the GB they read and write, the loss's apart."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -27,6 +32,8 @@ import torch._inductor.runtime.triton_helpers
 import triton
 from card import efficient_attention, inserted, swap
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
@@ -149,16 +156,23 @@ def to_machine_code(source):
     return len(kernels)
 
 
-def step(case, B):
-    """A compiled step of a model of one layer -> (Inductor's sources, peak bytes); and that of the
-    eager one."""
-    config, sources, peaks = GPTConfig(block_size=T, n_layer=1, **case), [], []
+@contextlib.contextmanager
+def generated(peaks=None):
+    """Inside, what is compiled ends as a source in this list, with run_on_fakes in its place."""
+    sources = []
 
     def finish(graph):
         code, _ = graph.codegen()
         sources.append(getattr(code, "value", code))
-        return run_on_fakes(sources[-1], peaks)
+        return run_on_fakes(sources[-1], [] if peaks is None else peaks)
 
+    with mock.patch.object(torch._inductor.graph.GraphLowering, "compile_to_module", finish):
+        yield sources
+
+
+def step(case, B):
+    """A compiled step -> (Inductor's sources, peak bytes); and that of the eager one."""
+    config, peaks = GPTConfig(block_size=T, **case), []
     with unset_fake_temporarily():
         model = on_meta(config)
     model = swap(model, lambda p: torch.empty_like(p, device="cuda"))
@@ -174,9 +188,82 @@ def step(case, B):
         for x in model.parameters():
             storages.add(x.untyped_storage())
         run(model)
-    with mock.patch.object(torch._inductor.graph.GraphLowering, "compile_to_module", finish):
+    with generated(peaks) as sources:
         run(torch.compile(model, fullgraph=True))
     return sources, max(peaks), storages.peak
+
+
+# ----------------------------------------------------------------------------- what is moved
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm, aten.addmm, aten.addmm_}
+NOTHING = {aten.empty, aten.empty_like, aten.new_empty}
+
+
+def kernels_of(sources):
+    """Launches of Triton kernels in Inductor's sources, and the GB that they read and write."""
+    launches = 0, 0.0
+    for source in sources:
+        found = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", source, re.S)
+        gb = {name: re.search(r"'kernel_num_gb': ([\d.e-]+)", text) for name, text in found}
+        runs = re.findall(r"(triton_\w+)\.run\(", source)
+        moved = sum(float(gb[name][1]) for name in runs if gb.get(name))
+        launches = launches[0] + len(runs), launches[1] + moved
+    return launches
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators but for products and views, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.moved = 0, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        storages = {x.untyped_storage()._cdata for x in given}
+        is_view = all(x.untyped_storage()._cdata in storages for x in made)
+        kind = operator.overloadpacket
+        if kind in PRODUCTS | NOTHING or (is_view and not operator._schema.is_mutable):
+            return result
+        if kind in (aten.copy_, aten.zero_, aten.fill_):  # they read nothing of what they write
+            given = given[1:]
+        self.count += 1
+        self.moved += sum(x.nbytes for x in given + made)
+        return result
+
+
+def loss_kernels(config, B):
+    """kernels_of for the loss's operator, whose chunks are compiled apart."""
+    half = dict(dtype=torch.bfloat16, device="cuda")
+    x = torch.empty(B * T, config.n_embd, **half)
+    weight = torch.empty(config.vocab_size, config.n_embd, device="cuda")
+    targets = torch.empty(B * T, dtype=torch.int64, device="cuda")
+    chunks = loss.loss_chunks(x, weight.to(x.dtype))
+    with generated() as sources, torch.no_grad():
+        logits = torch.empty(len(targets[chunks[0]]), config.vocab_size, **half)
+        apart = functools.partial(loss.into_gradient_anew, cap=config.logit_softcap)
+        torch.compile(apart, fullgraph=True)(logits, targets[chunks[0]])
+    launches, gb = kernels_of(sources)
+    # the operator itself, without what its chunks' kernels move
+    without = lambda logits, *_: (x.new_empty(()), torch.empty_like(logits))  # noqa: E731
+    with Launches() as rest, torch.no_grad():
+        loss.loss_and_gradients(x, weight, targets, config.logit_softcap, without)
+    return launches * len(chunks) + rest.count, gb * len(chunks) + rest.moved / 1e9
+
+
+def count(B, *cases):
+    for case in map(json.loads, cases):
+        torch._dynamo.reset()
+        with a_compiler_without_a_card(), torch._inductor.config.patch(profile_bandwidth=True):
+            sources, peak, eager = step(case, int(B))
+            parts = {"step": kernels_of(sources), "forward": kernels_of(sources[:1])}
+            parts["loss"] = loss_kernels(GPTConfig(block_size=T, **case), int(B))
+        line = {k: {"launches": n, "GB": round(gb, 1)} for k, (n, gb) in parts.items()}
+        line |= {"peak GiB": round(peak / 2**30, 1), "eager GiB": round(eager / 2**30, 1)}
+        print(json.dumps({"case": case} | line), flush=True)
 
 
 @contextlib.contextmanager
@@ -210,7 +297,7 @@ def main(B=32):
         torch._dynamo.reset()
         try:
             with a_compiler_without_a_card():
-                sources, line["peak"], line["eager"] = step(case, B)
+                sources, line["peak"], line["eager"] = step({"n_layer": 1} | case, B)
                 line["graphs"] = len(sources)
                 line["flex"] = any("flex_attention" in source for source in sources)
                 line["kernels"] = sum(map(to_machine_code, sources))
@@ -222,4 +309,7 @@ def main(B=32):
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["count"]:
+        count(*sys.argv[2:])
+    else:
+        main()

@@ -39,11 +39,11 @@ CARDS = {
 def named_card(device):
     """The Card that a --device such as cuda:h100 names; None for a device that may be here."""
     kind, _, name = device.partition(":")
+    if kind == "cuda" and name.lower() in CARDS:  # 4090 is a card too, not the 4,091st one here
+        return CARDS[name.lower()]
     if kind != "cuda" or not name or name.isdigit():
         return None
-    if name.lower() not in CARDS:
-        raise ValueError(f"no card '{name}' is known; the cards are {', '.join(CARDS)}")
-    return CARDS[name.lower()]
+    raise ValueError(f"no card '{name}' is known; the cards are {', '.join(CARDS)}")
 
 
 def table(plan, most):

@@ -48,6 +48,13 @@ def test_gpt2_in_bf16_takes_what_its_tensors_take():
     assert fits(plan, 64) and fits(plan, 128) and not fits(plan, 256)  # of 79 GiB
 
 
+def test_a_card_is_known_by_its_name_and_by_no_place_on_this_machine():
+    for name in ("t4", "3090", "4090", "5090", "a100", "H100", "h200"):
+        assert cards.named_card(f"cuda:{name}") is cards.CARDS[name.lower()]
+    for device in ("cuda", "cuda:0", "cuda:7", "cpu"):
+        assert cards.named_card(device) is None
+
+
 def test_a_card_that_is_not_here_is_planned_for(tmp_path):
     make_data(tmp_path / "data")
     flags = dict(

@@ -1,5 +1,5 @@
 """torchrun --nproc_per_node=8 train_gpt2.py CONFIG.toml --parallel fsdp
-python -m nanoswitch.parallel    what each mode holds and sends: the README's table
+python -m nanoswitch.parallel    what each mode holds and sends: docs/scale_out.md's
 
 How a run is spread over ranks, all of it by torch.distributed. Without torchrun there is one rank
 and every mode just trains.

@@ -1,4 +1,4 @@
-"""python -m nanoswitch.surgery    what may stand beside --init_from: the README's table
+"""python -m nanoswitch.surgery    what may stand beside --init_from: docs/finetune.md's
 
 A checkpoint's weights under changed switches. ROWS says of every change what happens to the
 weights: nothing, a known surgery, or that there is none and why. Flags that were not given stay

@@ -1,5 +1,5 @@
 """python -m nanoswitch.switches [CONFIG.toml ...] [--flags]    what a config is made of and costs
-python -m nanoswitch.switches table                            what every switch costs: README's
+python -m nanoswitch.switches table                            what each switch costs
 python -m nanoswitch.switches --plot DIR                       pictures of the biases and masks
 
 Every figure is counts.py's, of the model that the config makes.

@@ -3,7 +3,7 @@
 # iproute2). Run by hand:   bash tests/multinode.sh [MODE] [PYTHON]
 # Node 2 is killed in mid-run, agent and worker, and comes back with the same command line: the run
 # must go on from its last checkpoint by itself, with the losses of a single process. Then it counts
-# the bytes that one node sends per step, for README's table.
+# the bytes that one node sends per step, for docs/scale_out.md.
 set -euo pipefail
 mode=${1:-zero1} python=${2:-python}
 here=$(cd "$(dirname "$0")/.." && pwd)

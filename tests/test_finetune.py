@@ -1,4 +1,4 @@
-"""Fine-tuning as a job: the best checkpoint, patience, what a resume says, README's commands."""
+"""Fine-tuning as a job: the best checkpoint, patience, what a resume says, its document."""
 
 import json
 import re
@@ -169,12 +169,12 @@ def test_a_resume_with_other_rates_says_so_in_one_line(data, tmp_path, capsys):
     assert "from step" not in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------- the README's section
+# ----------------------------------------------------------------------------- its document
 
 
-def test_the_readmes_commands_run_offline_on_a_small_gpt2(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    section = re.search(r"\n## Fine-tune\n(.*?)\n## ", readme, re.S)[1]
+def test_the_documents_commands_run_offline_on_a_small_gpt2(tmp_path):
+    text = (ROOT / "docs" / "finetune.md").read_text()
+    section = re.search(r"\n## Fine-tune GPT-2 on your texts\n(.*?)\n## ", text, re.S)[1]
     commands = re.findall(r"^    (python .*)$", section, re.M)
     assert [shlex.split(line)[1] for line in commands] == [
         "fineweb.py", "train_gpt2.py", "sample.py",

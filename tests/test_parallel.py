@@ -437,9 +437,9 @@ def test_bytes_are_those_of_rings():
         assert sent["fsdp"] == pytest.approx(3 * share * once, abs=1)
 
 
-def test_readme_table_is_current():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    shown = re.search(r"<!-- scaling -->\n(.*)<!-- /scaling -->", readme, re.S)[1]
+def test_the_documents_table_is_current():
+    text = (Path(__file__).parent.parent / "docs" / "scale_out.md").read_text()
+    shown = re.search(r"<!-- scaling -->\n(.*)<!-- /scaling -->", text, re.S)[1]
     assert shown.splitlines() == parallel.table(), "python -m nanoswitch.parallel"
 
 

@@ -54,6 +54,7 @@ from nanoswitch.progress import Meter, clock, due, launched
 from nanoswitch.shards import val_text
 from nanoswitch.signals import StopSignal
 from nanoswitch.tokenizer import bits_per_byte, get_tokenizer, token_bytes
+from nanoswitch.tracker import TRACKERS
 from nanoswitch.weights import read_safetensors
 from nanoswitch.windows import data_sha256, open_windows
 
@@ -139,6 +140,8 @@ class TrainConfig:
     """auto continues from run_dir's latest checkpoint if there is one"""
     wandb: bool = False
     """send the log to Weights & Biases too; WANDB_MODE=offline keeps it in run_dir/wandb"""
+    trackio: bool = False
+    """send the log to trackio too, which keeps it on this machine; `trackio show` is its page"""
     overfit_single_batch: bool = False
     """train on the first batch only: the loss must fall towards 0"""
     dry_run: bool = False
@@ -503,7 +506,7 @@ def train(trainer):
         start = trainer.resume(run)
         if not ranks.agree(int(trainer.data_sha256[:8], 16), last):
             raise ValueError(f"not all ranks have the same tokens in data_dir {config.data_dir}")
-        log = Log(run, start, ranks.first, config.wandb)
+        log = Log(run, start, ranks.first, [n for n in TRACKERS if getattr(config, n)])
         best = Best(run, log, ranks)
         for line in trainer.describe(trainer.micro_batch):
             log.say(line)

@@ -5,7 +5,7 @@
     run_dir/latest          the name of the checkpoint to continue from
     run_dir/best            the name of the one of the lowest validation loss, which is kept
     run_dir/.lock           held by the run at work; the kernel frees it when that process dies
-    run_dir/wandb_id        with --wandb true: the run's name at Weights & Biases
+    run_dir/wandb_id        with --wandb true: the run's name at Weights & Biases; trackio_id too
     run_dir/step_NNNNNN/    model.safetensors   the whole weights under their plain names
                             train_state.pt      optimizer and loss scale, no pickled objects
                             config.json         architecture, flags, step, tokens, data

@@ -17,7 +17,7 @@ import numpy as np
 
 from model import GPTConfig
 from nanoswitch.files import write_beside
-from nanoswitch.tracker import Tracker
+from nanoswitch.tracker import TRACKERS
 
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient before a run gives up
 ITEMS = "hellaswag_items.npz"  # beside log.jsonl
@@ -26,17 +26,17 @@ SPIKE = 5.0  # standard deviations above the mean of the last 100 losses
 
 
 class Log:
-    """log.jsonl, the terminal and, if wanted, wandb, on the first rank; on the others it writes
-    nothing. As a context, it closes wandb.
+    """log.jsonl, the terminal and, if wanted, trackers (names of TRACKERS), on the first rank; on
+    the others it writes nothing. As a context, it closes the trackers.
 
     losses: the last 100 training losses; evaluated: the keys that the log has of step `step`
     already; validated: {step: validation loss} up to there; skipped: steps in a row that were, up
     to now. What a full disk keeps out of the file waits in memory."""
 
-    def __init__(self, run, step, active, wandb=False):
+    def __init__(self, run, step, active, trackers=()):
         self.run, self.file, self.waiting, self.skipped = run, None, b"", 0
         self.losses, self.evaluated, self.validated = deque(maxlen=100), set(), {}
-        self.tracker = Tracker(run, self.say) if wandb and active else None
+        self.trackers = [TRACKERS[name](run, self.say) for name in trackers if active]
         if not active:
             return
         path = run / "log.jsonl"
@@ -70,17 +70,17 @@ class Log:
         self.track(**entry)
 
     def track(self, **entry):
-        """To wandb only."""
-        if self.tracker:
-            self.tracker.attempt(self.tracker.write, entry)
+        """To the trackers only."""
+        for tracker in self.trackers:
+            tracker.attempt(tracker.write, dict(entry))
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self.tracker:
-            stopped = kind is SystemExit  # by a signal, to be continued
-            self.tracker.attempt(self.tracker.finish, 0 if kind is None or stopped else 1)
+        stopped = kind is SystemExit  # by a signal, to be continued
+        for tracker in self.trackers:
+            tracker.attempt(tracker.finish, 0 if kind is None or stopped else 1)
 
     def step(self, **entry):
         """Write a training step -> what is remarkable about it, for the terminal."""

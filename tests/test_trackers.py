@@ -1,7 +1,9 @@
-"""--wandb true: what Weights & Biases gets, read back from its offline files, and that training
+"""--wandb true and --trackio true: what they get, read back from their own files, and that training
 does not care what becomes of it."""
 
 import json
+import os
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -104,16 +106,54 @@ def test_wandb_gets_the_whole_log_and_a_continued_run_stays_one(
     assert {step for name, step in got if name == "train_loss"} == {1, 2, 3, 4}
 
 
+READ_BACK = """
+import json, sys
+from trackio.sqlite_storage import SQLiteStorage as storage
+[run] = storage.get_run_records("nanoswitch")
+config = storage.get_run_config("nanoswitch", run["name"])
+print(json.dumps([run["name"], config, storage.get_logs("nanoswitch", run["name"])]))
+"""
+
+
+@pytest.mark.slow  # needs pip install trackio
+def test_trackio_gets_the_whole_log_and_a_continued_run_stays_one(data, tmp_path):
+    pytest.importorskip("trackio")
+    run, home = tmp_path / "mine", {**os.environ, "TRACKIO_DIR": str(tmp_path / "kept")}
+    for steps in (2, 4):
+        line = runs.command(
+            data, run, **FEW | dict(max_steps=steps, sample_every=4), trackio="true"
+        )
+        done = subprocess.run(line, env=home, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    read = subprocess.run(
+        [sys.executable, "-c", READ_BACK], env=home, capture_output=True, text=True, check=True
+    )
+    name, config, logs = json.loads(read.stdout.splitlines()[-1])
+    assert name == f"mine-{(run / 'trackio_id').read_text()[:6]}"
+    assert (config["n_embd"], config["lr"], config["parameters"]) == (8, 3e-3, 403_448)
+    expected = {("checkpoint", 2): "step_000002", ("checkpoint", 4): "step_000004"}
+    for line in runs.log(run):
+        if "event" not in line:
+            items = line.items() if "samples" not in line else {}
+            expected |= {(k, line["step"]): v for k, v in items if k != "step" and v is not None}
+    got = {(k, entry["step"]): v for entry in logs for k, v in entry.items()}
+    written = {line["step"]: line["samples"] for line in runs.log(run) if "samples" in line}
+    kept = {s: [row["text"] for row in v["_value"]] for (k, s), v in got.items() if k == "samples"}
+    assert kept == written and written.keys() == {0, 2, 4}
+    names = {name for name, _ in expected}
+    assert {key: value for key, value in got.items() if key[0] in names} == expected
+
+
 # ----------------------------------------------------------------------------- failures
 
 
 class Fails(ModuleType):
     """A stand-in for the package that fails when it comes to `where`, and counts its calls."""
 
-    def __init__(self, where):
-        super().__init__("wandb")
+    def __init__(self, where, name="wandb"):
+        super().__init__(name)
         self.where, self.calls = where, []
-        self.Settings, self.Table = SimpleNamespace, lambda *_: None
+        self.Settings, self.Table = SimpleNamespace, lambda **_: None
 
     def call(self, name):
         self.calls.append(name)
@@ -128,33 +168,40 @@ class Fails(ModuleType):
         config = SimpleNamespace(update=lambda *_, **__: self.call("config"))
         return SimpleNamespace(
             config=config, define_metric=lambda *_, **__: None,
-            log=lambda _: self.call("log"), finish=lambda _: self.call("finish"),
+            log=lambda *_, **__: self.call("log"), finish=lambda *_: self.call("finish"),
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["init", "config", "log", "finish"])
-def test_a_run_survives_whatever_fails_in_wandb(data, plain, tmp_path, monkeypatch, capsys, where):
-    package = Fails(where)
-    monkeypatch.setitem(sys.modules, "wandb", package)
+@pytest.mark.parametrize(
+    "name, where",
+    [("wandb", w) for w in ("init", "config", "log", "finish")]
+    + [("trackio", w) for w in ("init", "log", "finish")],
+)
+def test_a_run_survives_whatever_fails_in_it(
+    data, plain, tmp_path, monkeypatch, capsys, name, where
+):  # fmt: skip
+    package = Fails(where, name)
+    monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setenv("WANDB_API_KEY", "SECRET")
-    runs.train(data, tmp_path / "run", **FEW, wandb=True)
+    runs.train(data, tmp_path / "run", **FEW | {name: True})
     assert package.calls.count(where) == 1 and package.calls[-1] == where  # left alone after it
     assert results(tmp_path / "run") == results(plain)
     assert runs.equal_weights(runs.weights(tmp_path / "run"), runs.weights(plain))
     out, err = capsys.readouterr()
     [warning] = [line for line in (out + err).splitlines() if "warning" in line]
-    assert warning.startswith("warning: wandb failed (ConnectionError: key *** refused)")
+    assert warning.startswith(f"warning: {name} failed (ConnectionError: key *** refused)")
     assert "SECRET" not in out + err + (tmp_path / "run" / "log.jsonl").read_text()
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_missing_package_is_named_before_anything_is_done(
-    data, plain, tmp_path, monkeypatch, capsys
+    data, plain, tmp_path, monkeypatch, capsys, name
 ):  # fmt: skip
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, name, None)
     before = runs.snapshot(plain)
-    arguments = runs.arguments(data, plain, **FEW | dict(max_steps=8), wandb="true")
+    arguments = runs.arguments(data, plain, **FEW | {"max_steps": 8, name: "true"})
     err = runs.refusal(capsys, monkeypatch, *arguments)
-    assert "pip install wandb" in err
+    assert f"pip install {name}" in err
     assert runs.snapshot(plain) == before
 
 
@@ -162,8 +209,8 @@ def test_only_the_first_rank_talks_to_wandb(tmp_path, monkeypatch):
     package = Fails("never")
     monkeypatch.setitem(sys.modules, "wandb", package)
     for active in (False, True):
-        with Log(tmp_path, 0, active, wandb=True) as log:
+        with Log(tmp_path, 0, active, ["wandb"]) as log:
             log.write(event="start", step=0, config={"lr": 1})
             log.write(step=1, train_loss=2.0)
         assert package.calls == (["init", "config", "log", "finish"] if active else [])
-    assert not t.TrainConfig().wandb
+    assert not t.TrainConfig().wandb and not t.TrainConfig().trackio

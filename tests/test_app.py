@@ -1,7 +1,7 @@
 """app.py: what it computes against formulas, its page without a browser (Streamlit's AppTest), and
 in headless Chromium:
 
-    python -m pytest tests/test_app.py -m browser     # needs requirements-app.txt and chromium
+    python -m pytest tests/test_app.py -m browser     # needs requirements-dev.txt and chromium
 
 The browser's tests are skipped, with the reason, where one of these is missing.
 """

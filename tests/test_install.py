@@ -1,0 +1,75 @@
+"""pyproject.toml beside the requirements files, which pin what was tested, and beside our files."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+
+
+def pins(name):
+    """{package: version} of a requirements file itself, without those it reads with -r."""
+    lines = (ROOT / name).read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and line[0] not in "#-"]
+    assert all(re.fullmatch(r"==[\w.]+", str(r.specifier)) for r in found), name
+    return {r.name: str(r.specifier)[2:] for r in found}
+
+
+@pytest.mark.parametrize(
+    "file, wanted",
+    [
+        ("requirements.txt", PROJECT["dependencies"]),
+        ("requirements-app.txt", PROJECT["optional-dependencies"]["page"]),
+        ("requirements-dev.txt", PROJECT["optional-dependencies"]["dev"]),
+    ],
+)
+def test_the_requirements_are_pyprojects_at_tested_versions(file, wanted):
+    pinned = pins(file)
+    wanted = {r.name: r for r in map(Requirement, wanted) if r.name != PROJECT["name"]}
+    assert pinned.keys() == wanted.keys()
+    for name, version in pinned.items():
+        assert wanted[name].specifier.contains(version), name
+
+
+def test_every_module_and_folder_of_ours_is_packaged():
+    tool = PYPROJECT["tool"]["setuptools"]
+    assert sorted(tool["py-modules"]) == sorted(path.stem for path in ROOT.glob("*.py"))
+    for name in tool["packages"]:
+        assert list((ROOT / name).glob("*.py"))
+
+
+def test_version_is_the_changelogs_and_the_citations():
+    newest = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[0]
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
+    assert newest.split()[0] == cited == PROJECT["version"]
+
+
+INSTALLED = """
+import model, train_gpt2, fineweb, hellaswag, sample, compare, bench, app, nanoswitch.prove
+from model import GPT, GPTConfig
+sizes = dict(block_size=8, vocab_size=16, vocab_used=16, n_layer=1, n_head=2, n_embd=8)
+GPT(GPTConfig(attention="gated", **sizes))
+print(model.__file__)
+"""
+
+
+@pytest.mark.slow  # the build fetches setuptools
+def test_an_installed_package_works_from_elsewhere(tmp_path):
+    ignored = shutil.ignore_patterns(".*", "data", "runs", "build", "experiments")
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored)  # the build writes beside the source
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "lib"]
+    subprocess.run([*pip, tmp_path / "copy"], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", INSTALLED], cwd=tmp_path, capture_output=True, text=True,
+        env={"PYTHONPATH": str(tmp_path / "lib"), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "lib" / "model.py")

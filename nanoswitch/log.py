@@ -245,7 +245,8 @@ class Run:
     def seconds(self, steps):
         """Training time in s after each of the steps: evaluations and checkpoints left out."""
         done, speeds = self.curve("tok_per_s")
-        spent = np.cumsum([0.0, *(self.config["total_batch_tokens"] / s for s in speeds)])
+        new = np.diff([0, *done]) * self.config["total_batch_tokens"]  # tokens; archives skip steps
+        spent = np.cumsum([0.0, *(new / speeds)])
         return np.interp(steps, [0, *done], spent).tolist()
 
 

@@ -14,8 +14,8 @@ LAYERS = """
     shards streams readers pydocs windows hub web weights hf foreign load surgery | checkpoints
     tracker log stats curves best optimizers parallel micro_batch cards compiled progress
     signals scoring evaluation decode publish export | fineweb hellaswag tasks sample | train_gpt2
-    sweep tune study ladder lengths report card_checks first_card | compare bench app switches prove
-    gallery
+    sweep tune study ladder lengths archive report card_checks first_card | compare bench app
+    switches prove gallery
 """
 ORDER = LAYERS.replace("|", " ").split()
 LAZY = {("model", "from_pretrained", "load")}  # the one that nanoGPT's users type

@@ -40,6 +40,7 @@ from nanoswitch.device import (
 )
 from nanoswitch.files import read_json
 from nanoswitch.log import Log, provenance
+from nanoswitch.muon import COEFFICIENTS
 from nanoswitch.optimizers import OPTIMIZERS, clip_gradients, make_optimizers, step_unless
 from nanoswitch.parallel import (
     Ranks,
@@ -103,11 +104,15 @@ class TrainConfig:
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
     """what torchrun's ranks share out: nothing, the optimizer's state, or the weights too"""
     optimizer: "Literal[tuple(OPTIMIZERS)]" = "adamw"
-    """muon updates the matrices inside the blocks by Muon, all else by AdamW"""
+    """muon, normuon and soap update the matrices inside the blocks, AdamW all else"""
     muon_lr: float = 0.0
     """Muon's peak learning rate; 0 = lr, for its updates are scaled to the size of AdamW's"""
+    muon_coefficients: "Literal[tuple(COEFFICIENTS)]" = "jordan"
+    """of the steps that make Muon's updates orthogonal: Jordan's, or Polar Express's"""
     weight_decay: float = 0.1
     """decay of matrices; norms, biases and other vectors never decay"""
+    cautious_decay: bool = False
+    """weights decay only where the update shrinks them too"""
     beta1: float = 0.9
     """AdamW's first moment"""
     beta2: float = 0.95
@@ -155,6 +160,9 @@ class TrainConfig:
         if self.optimizer not in OPTIMIZERS:
             valid = ", ".join(OPTIMIZERS)
             raise ValueError(f"optimizer '{self.optimizer}' is none of: {valid}")
+        if self.muon_coefficients not in COEFFICIENTS:
+            valid = ", ".join(COEFFICIENTS)
+            raise ValueError(f"muon_coefficients '{self.muon_coefficients}' is none of: {valid}")
         for name in ("min_lr_frac", "cooldown_frac", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")

@@ -72,6 +72,11 @@ def own_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
+def is_sharded(value):
+    """Whether fsdp has spread it over the ranks: a DTensor, asked without a second's import."""
+    return hasattr(value, "full_tensor")
+
+
 def peak_memory(device):
     """The most bytes this process has held so far: on the card, or in all on other devices; None
     where the system does not say."""

@@ -7,10 +7,13 @@ dtype is the precision of the run. A new one is a function and its line there.
 
 import copy
 import itertools
-import sys
 from collections import defaultdict
 
 import torch
+
+from nanoswitch import muon
+from nanoswitch.device import is_sharded
+from nanoswitch.soap import soap_class
 
 
 def decays(model):
@@ -73,51 +76,76 @@ def adamw(model, config, dtype, without=()):
     groups = groups_by_decay(model, config, without)
     betas, device = (config.beta1, config.beta2), next(model.parameters()).device
     flags = dict(betas=betas, eps=1e-8, fused=device.type in ("cuda", "cpu"))
-    return [(torch.optim.AdamW, groups, flags, 1.0)]
+    return [(CautiousAdamW if config.cautious_decay else torch.optim.AdamW, groups, flags, 1.0)]
 
 
-def muon(model, config, dtype):
-    """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for all else. Its updates
-    are scaled to the size of AdamW's (Liu et al. 2025), so that one rate can serve both."""
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"torch {torch.__version__} has no Muon: pip install -U torch")
+class CautiousAdamW(torch.optim.AdamW):
+    """AdamW whose weight decay is muon.decay's cautious one."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        rates = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            if group["weight_decay"]:
+                self.decay(group)
+            group["weight_decay"] = 0.0
+        super().step(closure)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["weight_decay"] = rate
+
+    def decay(self, group):
+        rate, skipped = group["lr"] * group["weight_decay"], getattr(self, "found_inf", 0.0)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            # the update's sign is that of the first moment, once it has met this gradient
+            update, moment = p.grad, self.state[p].get("exp_avg")
+            if moment is not None:
+                update = moment.lerp(p.grad, 1 - group["betas"][0])
+            if is_sharded(p):
+                p, update = p.to_local(), update.to_local()
+            muon.decay(p, update, rate * (1 - skipped), cautious=True)
+
+
+def hidden_matrices(model):
+    """The names of the matrices inside the blocks, but for those that their modules spare."""
     named, decayed = dict(model.named_parameters()), decays(model)
-    hidden = [n for n in named if n.startswith("transformer.h.") and named[n].dim() == 2]
-    hidden = [n for n in hidden if decayed[n]]
-    kind = PreciseMuon if dtype == torch.float32 else torch.optim.Muon
-    flags = dict(weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    inside = [n for n in named if n.startswith("transformer.h.") and named[n].dim() == 2]
+    return [n for n in inside if decayed[n]]
+
+
+def by_muon(model, config, dtype, beta2=0.0):
+    """Muon for the matrices inside the blocks, AdamW for all else: one rate can serve both. In a
+    run in fp32 Muon computes in fp32 too: in bf16 the last bit of a sum over ranks would be 1e-4
+    of the loss."""
+    hidden, named = hidden_matrices(model), dict(model.named_parameters())
+    flags = dict(
+        weight_decay=config.weight_decay, coefficients=config.muon_coefficients, beta2=beta2,
+        cautious=config.cautious_decay,
+        dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16,
+    )  # fmt: skip
     scale = config.muon_lr / config.lr if config.muon_lr else 1.0
-    own = (kind, [{"params": [named[n] for n in hidden]}], flags, scale)
+    own = (muon.Muon, [{"params": [named[n] for n in hidden]}], flags, scale)
     return [*adamw(model, config, dtype, without=hidden), own]
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
+def by_normuon(model, config, dtype):
+    return by_muon(model, config, dtype, beta2=0.95)  # the paper's
 
 
-class PreciseMuon(getattr(torch.optim, "Muon", torch.optim.Optimizer)):
-    """torch.optim.Muon for runs in fp32. Torch rounds to bf16 inside it, whatever the run's
-    precision, and so makes 1e-4 of the loss out of the last bit of a sum over ranks."""
-
-    def step(self, closure=None):
-        module, name = sys.modules["torch.optim._muon"], "_zeropower_via_newtonschulz"
-        torchs = getattr(module, name)
-        setattr(module, name, newton_schulz)
-        try:
-            return super().step(closure)
-        finally:
-            setattr(module, name, torchs)
+def by_soap(model, config, dtype):
+    """SOAP for the matrices inside the blocks, AdamW for all else."""
+    if config.parallel == "fsdp":
+        raise ValueError("optimizer soap cannot share out a matrix: use --parallel ddp or zero1")
+    if config.cautious_decay:
+        raise ValueError("optimizer soap has no cautious_decay: leave it out")
+    hidden, named = hidden_matrices(model), dict(model.named_parameters())
+    flags = dict(betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+    own = (soap_class(), [{"params": [named[n] for n in hidden]}], flags, 1.0)
+    return [*adamw(model, config, dtype, without=hidden), own]
 
 
-def newton_schulz(matrix, coefficients, steps, eps):
-    """A matrix (m, n) = U S V^T -> about U V^T: `steps` times X <- a X + b X X^T X + c (X X^T)^2 X
-    from X of norm 1 on (Jordan et al. 2024), in the matrix's own precision."""
-    a, b, c = coefficients
-    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.T if matrix.size(0) > matrix.size(1) else x
+OPTIMIZERS = {"adamw": adamw, "muon": by_muon, "normuon": by_normuon, "soap": by_soap}
 
 
 def make_optimizers(model, config, ranks=None, dtype=None):
@@ -148,9 +176,13 @@ def step_unless(skip, optimizers):
     """Step the optimizers, unless skip, a bool scalar tensor that is the same on all ranks: then
     weights and state stay as they are. The host never learns which it was, so it need not wait:
     a fused kernel obeys found_inf, after another one the tensors are put back (on mps that waits,
-    for its step counts are on the CPU)."""
+    for its step counts are on the CPU). One whose state is more than tensors says waits = True."""
     for optimizer in optimizers:
         inner = getattr(optimizer, "optim", optimizer)  # what zero1 wraps
+        if getattr(inner, "waits", False):
+            if not skip:
+                optimizer.step()
+            continue
         if inner.defaults.get("fused"):
             inner.found_inf = skip.float()
             optimizer.step()
@@ -169,11 +201,6 @@ def held(optimizer):
     state = (t for values in inner.state.values() for t in values.values() if torch.is_tensor(t))
     tensors = itertools.chain((p.detach() for p in parameters(optimizer)), state)
     return [t.to_local() if is_sharded(t) else t for t in tensors]
-
-
-def is_sharded(value):
-    """Whether fsdp has spread it over the ranks: a DTensor, asked without a second's import."""
-    return hasattr(value, "full_tensor")
 
 
 def parameters(optimizer):

@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPTConfig
 from nanoswitch.counts import on_meta
-from nanoswitch.device import pick_device
-from nanoswitch.optimizers import first_state, is_sharded, parameters
+from nanoswitch.device import is_sharded, pick_device
+from nanoswitch.optimizers import first_state, parameters
 from nanoswitch.weights import fill
 
 
@@ -162,6 +162,8 @@ def whole_state(model, optimizers, ranks):
 
 
 def gather(value, ranks):
+    if isinstance(value, list):
+        return [gather(one, ranks) for one in value]
     if is_sharded(value):
         value = value.full_tensor()
     if not torch.is_tensor(value):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = """
     files registry cli device | kernels cache loss generation operators | model | counts | tokenizer
     shards streams readers pydocs windows hub web weights hf foreign load surgery | checkpoints
-    tracker log stats curves best optimizers parallel micro_batch cards compiled progress
+    tracker log stats curves best muon soap optimizers parallel micro_batch cards compiled progress
     signals scoring evaluation decode publish export | fineweb hellaswag tasks sample | train_gpt2
     sweep tune study ladder lengths archive report card_checks first_card | compare bench app
     switches prove gallery

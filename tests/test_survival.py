@@ -323,10 +323,11 @@ def state_of(made):
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-@pytest.mark.parametrize("optimizer", ["fused", "plain", "scaled", "muon"])
+@pytest.mark.parametrize("optimizer", ["fused", "plain", "scaled", "muon", "cautious"])
 def test_a_bad_step_leaves_weights_and_optimizer_as_they_are(data, tmp_path, kind, optimizer):
-    name = "muon" if optimizer == "muon" else "adamw"
-    made = runs.trainer(data, tmp_path, **FEW, optimizer=name)
+    name = {"muon": "muon", "cautious": "normuon"}.get(optimizer, "adamw")
+    cautious = optimizer == "cautious"
+    made = runs.trainer(data, tmp_path, **FEW, optimizer=name, cautious_decay=cautious)
     if optimizer == "plain":
         groups = [{"params": list(made.model.parameters()), "lr_scale": 1.0}]
         made.optimizers = [AdamW(groups, fused=False)]

@@ -155,6 +155,11 @@ def draw_ladder(found, path):
     unit = "bits per byte" if metric == "val_bpb" else "validation loss (nats)"
     left.set(xscale="log", xlabel="training FLOPs", ylabel=unit)
     right.set(xscale="log", xlabel="training FLOPs", ylabel=f"times {tables[0]['first']}'s compute")
+    firsts = [table["configs"][table["first"]] for table in tables]
+    sizes = [row["flops_per_token"] * row["tokens"] for row in firsts]
+    for axis in (left, right):  # a tick for each size: the scale's own would write over one another
+        axis.set_xticks(sizes, [f"{flops:.1e}" for flops in sizes])
+        axis.minorticks_off()
     right.set(yscale="log", ylim=(min(means, default=1) / 4, max(means, default=1) * 4))
     right.yaxis.set_major_formatter("{x:g}")
     right.yaxis.set_minor_formatter("")

@@ -27,7 +27,8 @@ from nanoswitch.weights import check_whole, empty, fill, read_safetensors, read_
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_WEIGHTS, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-OFFLINE = "weights load from safetensors only, and without a network only from a folder"
+WHERE = (INDEX, WEIGHTS, OLD_INDEX, OLD_WEIGHTS)  # a model's weights, in this order
+OFFLINE = "without a network give a folder that holds the weights"
 # buffers of older uploads: the causal mask, RoPE's wavelengths
 BUFFERS = (
     ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",
@@ -344,14 +345,11 @@ def read_rope(hf, folder):
 def read_weights(folder):
     """All tensors of a folder: of safetensors, else of torch.save's files; of the shards that an
     index names, or of one file."""
-    names = (INDEX, WEIGHTS, OLD_INDEX, OLD_WEIGHTS)
-    name = next((name for name in names if (folder / name).is_file()), WEIGHTS)
+    name = next((name for name in WHERE if (folder / name).is_file()), WEIGHTS)
     if name == WEIGHTS:
         return read_safetensors(folder / WEIGHTS)
-    weights, files = {}, [name]
-    if name != OLD_WEIGHTS:
-        files = shard_names(folder / name, ".bin" if name == OLD_INDEX else ".safetensors")
-    for file in files:
+    weights = {}
+    for file in files_of(folder / name):
         if file.endswith(".safetensors"):
             weights |= read_safetensors(folder / file)
             continue
@@ -362,7 +360,13 @@ def read_weights(folder):
     return weights
 
 
-def shard_names(index, suffix=".safetensors"):
+def files_of(path):
+    """The files that one of WHERE stands for: itself, or the shards that an index names."""
+    return shard_names(path) if path.name in (INDEX, OLD_INDEX) else [path.name]
+
+
+def shard_names(index):
+    suffix = ".bin" if Path(index).name == OLD_INDEX else ".safetensors"
     try:
         shards = sorted(set(read_json(index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError):
@@ -380,7 +384,8 @@ def download(name):
     def fetch(file, check, revision=None):
         def check_or_forget(path):
             try:
-                check(path)
+                if check:
+                    check(path)
             except ValueError:
                 if os.path.islink(path):  # the cache would link to the same damaged file again
                     os.remove(os.path.realpath(path))
@@ -391,13 +396,19 @@ def download(name):
 
     folder = fetch("config.json", read_json)
     commit = folder.name  # all files of one commit, also when the repo changes meanwhile
-    sharded = (folder / INDEX).is_file()
-    if not sharded and not (folder / WEIGHTS).is_file():
-        sharded = with_retries(name, lambda: file_exists(name, INDEX, revision=commit), OFFLINE)
-        if sharded:
-            fetch(INDEX, shard_names, commit)
-    for file in shard_names(folder / INDEX) if sharded else [WEIGHTS]:
-        fetch(file, check_whole, commit)
+
+    def there(file):
+        return with_retries(name, lambda: file_exists(name, file, revision=commit), OFFLINE)
+
+    cached = [file for file in WHERE if (folder / file).is_file()]
+    found = next(iter(cached), None) or next(filter(there, WHERE), None)
+    if not found:
+        raise ValueError(f"{name} has no weights that this reads: none of {', '.join(WHERE)}")
+    if found in (INDEX, OLD_INDEX):
+        fetch(found, shard_names, commit)
+    for file in files_of(folder / found):
+        # of a pickle the hash alone; nothing in it is run when it is read
+        fetch(file, check_whole if file.endswith(".safetensors") else None, commit)
     return folder
 
 

@@ -201,19 +201,25 @@ def test_a_hub_name_loads_through_faults_and_once(tmp_path, cache, monkeypatch):
             assert sum(hub.requests.values()) == asked  # from the cache
 
 
-def test_a_hub_repo_that_has_only_pickles_is_refused(tmp_path, cache, monkeypatch):
-    their_model("gpt2").save_pretrained(tmp_path / "m")
+def test_older_hub_repos_and_names_that_are_none(tmp_path, cache, monkeypatch):
+    theirs = their_model("gpt2")
+    theirs.save_pretrained(tmp_path / "m")
     files = files_of(tmp_path / "m")
-    files["pytorch_model.bin"] = files.pop("model.safetensors")
-    with serve({"me/old": files}) as hub:
+    del files["model.safetensors"]
+    torch.save(theirs.state_dict(), tmp_path / "weights")
+    old = files | {"pytorch_model.bin": (tmp_path / "weights").read_bytes()}
+    with serve({"me/old": old, "me/empty": files}) as hub:
         point_client_at(hub.url, monkeypatch)
-        with refused("me/old", "safetensors only"):
-            GPT.from_pretrained("me/old")
+        assert gap(GPT.from_pretrained("me/old"), theirs) < 1e-4
+        asked = sum(hub.requests.values())
+        GPT.from_pretrained("me/old")
+        assert sum(hub.requests.values()) == asked  # from the cache
+        with refused("me/empty", "none of model.safetensors.index.json"):
+            GPT.from_pretrained("me/empty")
         with refused("me/none", "config.json"):
             GPT.from_pretrained("me/none")
         with refused("-no name-"):
             GPT.from_pretrained("-no name-")
-        assert hub.count("GET", ".bin") == 0
 
 
 # ----------------------------------------------------------------------------- export

@@ -1,0 +1,41 @@
+"""The tables in experiments/ and EXPERIMENTS.md are what compare.py makes of the committed logs."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import compare
+from tests.builders import run_main
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = sorted(path.parent for path in ROOT.glob("experiments/*/command.txt"))
+
+
+def test_there_are_some():
+    assert FOLDERS
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_tables_come_from_the_logs(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for path in [*folder.rglob("log.jsonl"), *folder.rglob("diverged")]:
+        place = out / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    for name in ("draw", "draw_ladder", "draw_searches"):  # pictures take seconds
+        monkeypatch.setattr(compare, name, lambda *args: None)
+    monkeypatch.chdir(ROOT)
+    argv = shlex.split((folder / "command.txt").read_text())
+    assert argv[:2] == ["python", "compare.py"] and argv[-2:] == [
+        "--out",
+        f"experiments/{folder.name}",
+    ]
+    assert run_main(compare.main, *argv[2:-1], out, "--report_only", "true") == 0
+    text = (out / "results.md").read_text()
+    assert text == (folder / "results.md").read_text()
+    page = (ROOT / "EXPERIMENTS.md").read_text()
+    if f"experiments/{folder.name}/" in page:
+        table = text[text.index("| config |") :].split("\n\n")[0]
+        assert table in page, f"EXPERIMENTS.md has another table than experiments/{folder.name}"

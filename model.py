@@ -587,11 +587,16 @@ RESIDUALS = Table("residual", {"plain": Residual})
 
 
 class Carry:
-    """What a forward pass takes along from layer to layer: idx (B, T), the KVCache or None, and
-    any attribute that a variant's layer sets for later ones."""
+    """What a forward pass takes along from layer to layer: idx (B, T), the KVCache or None, of each
+    block in turn its rotation and mask, and any attribute that a variant's layer sets for later
+    ones.
 
-    def __init__(self, idx, cache):
-        self.idx, self.cache = idx, cache
+    In training targets (B, T), and losses, to which a layer may add what else the head is to
+    predict: (x (B, T, C), targets (B, T), the weight of their mean cross entropy)."""
+
+    def __init__(self, idx, cache, targets=None):
+        self.idx, self.cache, self.targets, self.losses = idx, cache, targets, []
+        self.rotation = self.mask = None
 
 
 class Block(nn.Module):
@@ -670,15 +675,23 @@ class GPT(nn.Module, Generation):
     def forward(self, idx, targets=None):
         """idx (B, T) -> logits (B, T, V) and None; with targets (B, T), -1 where there is none,
         None and the mean cross entropy in nats (fp32 scalar)."""
-        x = self.features(idx)
+        carry = Carry(idx, None, targets if torch.is_grad_enabled() else None)
+        x = self.features(idx, carry=carry)
         if targets is None:
             return self.logits(x), None
-        x, targets = self.as_products(x.flatten(0, 1)), targets.flatten()
         if torch.is_grad_enabled():
-            cap = self.config.logit_softcap
-            return None, MeanCrossEntropy.apply(x, self.lm_head.weight, targets, cap)
-        losses = self.cross_entropies(x, targets)
+            loss = self.mean_loss(x, targets)
+            for x, others, weight in carry.losses:
+                extra = weight * self.mean_loss(self.transformer.ln_f(x), others)
+                loss = loss + (extra - extra.detach())  # its gradient, and the next token's value
+            return None, loss
+        losses = self.cross_entropies(self.as_products(x.flatten(0, 1)), targets.flatten())
         return None, losses.sum() / (targets >= 0).sum().clamp(min=1)
+
+    def mean_loss(self, x, targets):
+        """What the head reads, (B, T, C), and targets (B, T) -> their mean cross entropy."""
+        x, cap = self.as_products(x.flatten(0, 1)), self.config.logit_softcap
+        return MeanCrossEntropy.apply(x, self.lm_head.weight, targets.flatten(), cap)
 
     @property
     def encodings(self):
@@ -690,9 +703,9 @@ class GPT(nn.Module, Generation):
         """Whether there are positions beyond block_size."""
         return all(encoding.extrapolates for encoding in self.encodings.values())
 
-    def features(self, idx, cache=None, pos=None):
+    def features(self, idx, cache=None, pos=None, carry=None):
         """idx (B, T) -> what the head reads, (B, T, C). With a cache, idx continues it. pos (T,):
-        the positions of idx, where the caller has them on the device."""
+        the positions of idx, where the caller has them on the device; carry: what layers share."""
         config, encodings = self.config, self.encodings
         if cache and not self.caches:
             return self.features(cache.read(idx))[:, -idx.size(1) :]
@@ -720,9 +733,10 @@ class GPT(nn.Module, Generation):
             docs = cache.number_documents(pos, docs) if cache else docs
         masks = self.masks(pos, docs, cache, encodings)
         layers = cache.layers if cache else [None] * config.n_layer
-        carry = Carry(idx, cache)
+        carry = carry or Carry(idx, cache)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, rotations[self.encoded_by[i]], masks[i], layers[i], carry)
+            carry.rotation, carry.mask = rotations[self.encoded_by[i]], masks[i]
+            x = block(x, carry.rotation, carry.mask, layers[i], carry)
         return self.transformer.ln_f(x)
 
     def masks(self, pos, docs=None, cache=None, encodings=None):

@@ -296,9 +296,12 @@ def counted(choice, made):
 
 
 def matrix_work(model, T, linear_only=False):
-    """What counts.py says of a model on meta, with all vectors left out, which torch's counter
-    knows nothing of; linear_only: and all matrices that no nn.Linear holds."""
-    for module in model.modules():
+    """What counts.py says of a model on meta without targets, with all vectors left out, which
+    torch's counter knows nothing of; linear_only: and all matrices that no nn.Linear holds."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if getattr(child, "training_only", False):
+                delattr(module, name)
         for name, p in module.named_parameters(recurse=False):
             if p.dim() < 2 or (linear_only and not isinstance(module, nn.Linear)):
                 module.register_parameter(name, nn.Parameter(p.new_empty(0)))

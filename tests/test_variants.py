@@ -96,6 +96,44 @@ def test_the_formulas_hold_for_the_baseline():
 # ----------------------------------------------------------------------------- residual streams
 
 
+@pytest.mark.parametrize("tokens_, weight", [(2, 1.0), (3, 0.5)])
+def test_mtp_trains_heads_of_a_block_each_on_the_tokens_after_the_next(tokens_, weight):
+    """All gradients are those of the sum of the losses; the loss is the next token's."""
+    model = make(residual="mtp", settings=f"mtp.tokens={tokens_},mtp.weight={weight}")
+    check(model, plain)  # the logits know nothing of it
+    targets = IDX.roll(-1, 1)
+    targets[0, 4] = targets[1, -1] = -1
+    _, loss = model(IDX, targets)
+    loss.backward()
+    part, losses = model.transformer, {i: [] for i in range(tokens_)}
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for ids, row in zip(IDX, targets, strict=True):
+        z = plain(part.wte.weight[ids], part.h[:-1])
+        for i, block in enumerate([part.h[-1], *part.h[-1].residual.heads]):
+            logp = torch.log_softmax(norm(plain(z, [block]), part.ln_f) @ part.wte.weight.T, -1)
+            for t, target in enumerate(row[i:].tolist()):
+                losses[i] += [-logp[t, target]] if target >= 0 else []
+    means = [torch.stack(of).mean() for of in losses.values()]
+    (means[0] + weight * sum(means[1:])).backward()
+    close(loss, means[0])
+    for name, p in model.named_parameters():
+        close(got[name], p.grad)
+
+
+def test_mtp_costs_a_block_and_an_output_more_in_training_alone():
+    configs = tiny(residual="mtp", settings="mtp.tokens=3"), tiny()
+    more, less = map(counts.on_meta, configs)
+    C, T, V = less.config.n_embd, less.config.block_size, less.config.vocab_size
+    block = 12 * C * C + 13 * C
+    assert more.num_params() - less.num_params() == 2 * block
+    more_flops, flops = map(counts.flops_per_token, (more, less))
+    assert more_flops - flops == 6 * 2 * (block + 2 * T * C + V * C)
+    assert counts.kv_bytes_per_token(more) == counts.kv_bytes_per_token(less)
+    with refused("mtp.tokens must be 2 or more"):
+        tiny(residual="mtp", settings="mtp.tokens=1")
+
+
 def test_x0_is_the_embedding_carried_along():
     def stream(x, blocks):
         x0 = x

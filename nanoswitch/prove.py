@@ -515,7 +515,7 @@ def attempt(check, *args):
 
 
 def prove(name, quick=False):
-    """Print a variant's card -> {"name", "proofs", where it was}; a proof for each way to bring it
+    """Print a variant's card -> {"name", "proofs", "versions"}; a proof for each way to bring it
     in: {"choice", "checks": {what: {"holds", "says"}}, "refuses", "costs", "speed"}."""
     proofs = []
     for choice in choices(name):
@@ -548,7 +548,7 @@ def prove(name, quick=False):
         if not quick:
             _, found["speed"] = attempt(speed, choice)
             print(found["speed"])
-    return {"name": name, "proofs": proofs, **provenance()}
+    return {"name": name, "proofs": proofs, "versions": provenance()["versions"]}
 
 
 def holds(card):

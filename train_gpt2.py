@@ -33,6 +33,7 @@ from nanoswitch.device import (
     autocast,
     available_memory,
     matrix_rate,
+    peak_flops,
     peak_memory,
     pick_dtype,
     to_device,
@@ -58,8 +59,6 @@ from nanoswitch.tokenizer import bits_per_byte, get_tokenizer, token_bytes
 from nanoswitch.tracker import TRACKERS
 from nanoswitch.weights import read_safetensors
 from nanoswitch.windows import data_sha256, open_windows
-
-SAMPLE_PROMPT = "Hello, I'm a language model,"
 
 
 @dataclass
@@ -131,6 +130,8 @@ class TrainConfig:
     """score a seeded sample of this many items; 0 = all 10,042"""
     sample_every: int = 250
     """steps between samples; 0 = never"""
+    sample_prompt: str = "Hello, I'm a language model,"
+    """what they continue; empty starts a new document"""
     checkpoint_every: int = 1000
     """steps between checkpoints; the last step always has one; 0 = only that"""
     keep_checkpoints: int = 2
@@ -276,12 +277,14 @@ class Plan:
         model, on_cuda = on_meta(self.model_config), self.device.type == "cuda"
         device = torch.cuda.get_device_name() if on_cuda else self.device.type
         device = self.config.device if self.card else device
+        known = not on_cuda or peak_flops(self.device)
+        unknown = "" if known else "  (no mfu: its peak is not known)"
         steps = self.batch_windows // ranks.world // size
         return [
             *(f"from {c.init_from}: {line}" for line in self.origin.get("surgery", ())),
             f"parameters {model.num_params():,}  training FLOPs per token "
             f"{flops_per_token(model):,}",
-            f"device {device} x {ranks.world}  dtype {str(self.dtype)[6:]}",
+            f"device {device} x {ranks.world}  dtype {str(self.dtype)[6:]}{unknown}",
             f"data {self.train.tokens:,} train tokens, {self.val.tokens:,} val tokens",
             f"tokens per step {c.total_batch_tokens:,} = {size} sequences x {T} x "
             f"{steps} micro-steps x {ranks.world} ranks",
@@ -445,14 +448,16 @@ class Trainer(Plan):
             return scoring.evaluate(self.model, examples, tokens, ranks.rank, ranks.world, vocab)
 
     def sample(self, tokens=32, rows=2):
-        """A few continuations of a fixed prompt -> list of texts."""
+        """A few continuations of the prompt, each up to its end of text -> list of texts."""
         tokenizer = get_tokenizer(self.train.vocab)
-        idx = torch.tensor([tokenizer.encode_ordinary(SAMPLE_PROMPT)] * rows, device=self.device)
+        ids, eot = tokenizer.encode_ordinary(self.config.sample_prompt), tokenizer.eot_token
+        idx = torch.tensor([ids or [eot]] * rows, device=self.device)
         new = min(tokens, max(0, self.model_config.block_size - idx.size(1)))
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         with self.evaluation():
             out = self.model.generate(idx, new, top_k=50, generator=generator)
-        return [tokenizer.decode(row) for row in out.tolist()]
+        added = [[*row, eot] for row in out[:, idx.size(1) :].tolist()]
+        return [tokenizer.decode(ids + row[: row.index(eot)]) for row in added]
 
     # ------------------------------------------------------------------------- checkpoints
 
@@ -570,6 +575,7 @@ def train(trainer):
             )
         log.say(f"next: python sample.py {run} --prompt 'Once upon a time'")
         log.say(f"      python hellaswag.py {run}")
+        log.say("      streamlit run app.py    # the page, at http://localhost:8501")
 
 
 def load_examples(config, ranks, vocab):

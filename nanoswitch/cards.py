@@ -26,10 +26,10 @@ class Card:
 
 
 CARDS = {
-    "t4": Card(14.7, 65e12, 320e9, torch.float16),
-    "3090": Card(23.6, 71e12, 936e9),
+    "t4": Card(14.7, PEAK_FLOPS["T4"], 320e9, torch.float16),
+    "3090": Card(23.6, PEAK_FLOPS["RTX 3090"], 936e9),
     "4090": Card(23.6, PEAK_FLOPS["RTX 4090"], 1008e9),
-    "5090": Card(31.4, 209e12, 1792e9),
+    "5090": Card(31.4, PEAK_FLOPS["RTX 5090"], 1792e9),
     "a100": Card(79.2, PEAK_FLOPS["A100"], 2039e9),
     "h100": Card(79.1, PEAK_FLOPS["H100"], 3350e9),
     "h200": Card(139.8, PEAK_FLOPS["H200"], 4800e9),

@@ -15,8 +15,9 @@ try:
 except ImportError:  # Windows
     resource = None
 
-PEAK_FLOPS = {  # dense bf16 tensor-core peak, from the makers' data sheets
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12,
+PEAK_FLOPS = {  # dense tensor-core peak in bf16 (T4: fp16), from the makers' data sheets
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 5090": 209e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12,
 }  # fmt: skip
 
 
@@ -125,6 +126,8 @@ def peak_flops(device):
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    if name.endswith((" Ti", " D", "Laptop GPU")):  # other cards under the same name
+        return None
     return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
 
 

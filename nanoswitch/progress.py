@@ -66,8 +66,6 @@ class Meter:
         )  # fmt: skip
         if done == self.first or note or due(config.print_every, done, last):
             usage = f" mfu {mfu:.0%}" if mfu else ""
-            if not mfu and self.trainer.device.type == "cuda":
-                usage = " unknown card"
             note = note or f"{usage} eta {clock(self.average * (last - done))}"  # 80 columns
             power = f"{rate:.1e}".replace("e-0", "e-")
             self.log.say(

@@ -42,28 +42,32 @@ def shard_split(name):
     return found and found[0]
 
 
-def list_shards(folder):
-    """Sorted paths of all shards in a folder; ValueError when it does not exist."""
+def list_shards(folder, vocab=N_VOCAB):
+    """Sorted paths of all shards in a folder; ValueError, which says how to make it with this
+    vocabulary, when it does not exist."""
     if not os.path.isdir(folder):
-        raise ValueError(f"there is no folder {folder}; make one with shards: {recipe(folder)}")
+        make = recipe(folder, vocab)
+        raise ValueError(f"there is no folder {folder}; make one with shards: {make}")
     return [os.path.join(folder, n) for n in sorted(os.listdir(folder)) if shard_split(n)]
 
 
-def recipe(folder):
+def recipe(folder, vocab=N_VOCAB):
     """The command that fills a folder of shards, as its name has it."""
+    cut = "" if vocab == N_VOCAB else f" --vocab_size {vocab}"
     if os.path.basename(os.path.normpath(folder)) != "fineweb-edu":
-        return f"python fineweb.py --source pydocs --out {folder}"
-    own = "python fineweb.py --source pydocs --out data/pydocs, then --data_dir data/pydocs"
-    return f"python fineweb.py --out {folder}; without a network: {own}"
+        return f"python fineweb.py --source pydocs{cut} --out {folder}"
+    own = f"python fineweb.py --source pydocs{cut} --out data/pydocs, then --data_dir data/pydocs"
+    return f"python fineweb.py{cut} --out {folder}; without a network: {own}"
 
 
-def load_shards(folder, split):
+def load_shards(folder, split, vocab=N_VOCAB):
     """The shards of "train" or "val": a list of (n,) uint16 memmaps, sorted by file name.
 
     Reads headers and beginnings only. ValueError (one line) for a missing folder or split, for
     parts that are not all there, and for a file that is truncated, foreign, of another dtype or
     vocabulary, or not as long as its header says.
     """
+    list_shards(folder, vocab)
     check_parts(folder)
     shards = [open_shard(path) for path in list_shards(folder) if shard_split(path) == split]
     for manifest in read_manifests(folder).values():
@@ -72,7 +76,7 @@ def load_shards(folder, split):
             raise ValueError(f"{folder} holds ids of the tokenizer {found}, not of gpt2's")
     if not shards:
         raise ValueError(
-            f"no {split} shard (.npy or .bin) in {folder}; make them: {recipe(folder)}"
+            f"no {split} shard (.npy or .bin) in {folder}; make them: {recipe(folder, vocab)}"
         )
     for shard in shards:
         check_ids(shard.filename, shard[: 2**16], vocabulary(folder))

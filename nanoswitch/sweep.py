@@ -21,7 +21,7 @@ from nanoswitch.signals import StopSignal
 INCIDENTAL = {  # where and how a run was done, not what it computes
     "run_dir", "data_dir", "hellaswag_data", "device", "compile", "parallel", "micro_batch",
     "print_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume", "curve",
-    "wandb", "trackio",
+    "wandb", "trackio", "sample_prompt",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from nanoswitch.shards import check_ids, load_shards, match_vocabulary
-from nanoswitch.tokenizer import N_VOCAB
+from nanoswitch.tokenizer import N_VOCAB, trained_vocabulary
 
 
 def shuffled(i, n, seed):
@@ -82,7 +82,8 @@ def data_sha256(*splits):
 
 
 def open_windows(folder, split, model_config):
-    shards, T = load_shards(folder, split), model_config.block_size
+    shards = load_shards(folder, split, trained_vocabulary(model_config))
+    T = model_config.block_size
     windows = Windows(shards, T, match_vocabulary(folder, model_config))
     if windows.count < 1:
         raise ValueError(

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from nanoswitch.device import peak_flops
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,3 +36,18 @@ print(*faults)
     )
     first, *others = map(int, done.stdout.split())
     assert max(others) < first / 100
+
+
+@pytest.mark.parametrize(
+    "name, peak",  # as torch names them
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("Tesla T4", 65e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA GeForce RTX 3090", 71e12),
+        ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 5090", 209e12), ("Tesla V100-SXM2-16GB", None),
+    ],
+)  # fmt: skip
+def test_a_cards_peak_is_that_of_its_data_sheet(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None

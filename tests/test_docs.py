@@ -7,6 +7,7 @@ its proof."""
 
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -26,8 +27,10 @@ from model import GPT, GPTConfig
 from nanoswitch import cli, hf, registry, switches
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-LINKED = [*DOCUMENTS, *sorted(set(ROOT.glob("*.md")) - {ROOT / "README.md"})]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
+DOCUMENTS = [*PAGES, NOTEBOOK]
+LINKED = [*PAGES, *sorted(set(ROOT.glob("*.md")) - {ROOT / "README.md"})]
 NEEDS = re.compile(r"# .*\bneeds? ")
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 
@@ -42,11 +45,21 @@ def blocks(text):
 def commands(path):
     """The command lines of a document, without Python, Slurm scripts and lists of files."""
     lines = []
+    if path == NOTEBOOK:
+        return re.findall(r"^!(python .*)$", "\n".join(map(source, code_cells())), re.M)
     for block in blocks(path.read_text()):
         if block[0].startswith(("#!", "from ", "model.py ")):
             continue
         lines += [line for line in block if not line.startswith("#")]
     return lines
+
+
+def code_cells():
+    return [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]
+
+
+def source(cell):
+    return "".join(cell["source"])
 
 
 def parts(line):
@@ -174,6 +187,11 @@ def small(name, argv):
     return argv
 
 
+def small_line(name, argv):
+    where = ["-m", name] if "." in name else [f"{name}.py"]
+    return [*where, *small(name, argv)]
+
+
 def heavy(name, argv):
     """What takes longer than a few seconds."""
     trains = name == "compare" and "--plan" not in argv and argv[0].endswith(".toml")
@@ -241,10 +259,8 @@ def run(line, home, monkeypatch, every):
         name, args = found[0], small(*found)
         if heavy(name, found[1]):
             if every and "bench" not in name:
-                where = [f"{name.replace('.', '/')}.py"] if "." not in name else ["-m", name]
-                done = subprocess.run(
-                    [sys.executable, *where, *args], cwd=home, capture_output=True, text=True
-                )
+                line = [sys.executable, *small_line(name, found[1])]
+                done = subprocess.run(line, cwd=home, capture_output=True, text=True)
                 assert done.returncode == 0, (line, done.stdout, done.stderr)
             continue
         if name == "train_gpt2":
@@ -271,12 +287,40 @@ def run_all(path, home, monkeypatch, every):
                     raise AssertionError(f"{path.name}: {line}: {error}") from error
 
 
-LONG = [pytest.param(path, True, marks=pytest.mark.slow, id=path.stem) for path in DOCUMENTS]
+LONG = [pytest.param(path, True, marks=pytest.mark.slow, id=path.stem) for path in PAGES]
 
 
 @pytest.mark.parametrize("path, every", [pytest.param(DOCUMENTS[0], False, id="light"), *LONG])
 def test_commands_run(path, every, home, monkeypatch, one_thread):
     run_all(path, home, monkeypatch, every)
+
+
+def test_the_notebook_is_clean_and_its_python_is_python():
+    for cell in code_cells():
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        compile(re.sub(r"^( *)[!%].*$", r"\1pass", source(cell), flags=re.M), "cell", "exec")
+
+
+@pytest.mark.slow  # needs pip install nbclient ipykernel
+def test_the_notebook_runs(home, monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    write_corpus("texts")  # in the place of the installed packages' documentation
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in book.cells:
+        lines = cell.source.splitlines()
+        for i, line in enumerate(lines):
+            if line.startswith("!python"):
+                name, args = script(next(parts(line[1:])))
+                line = shlex.join([sys.executable, *small_line(name, args)])
+                lines[i] = "!" + line.replace("--source pydocs", "--source texts")
+            elif line.startswith("%pip"):
+                lines[i] = "pass"
+        cell.source = "\n".join(lines)
+    nbclient.NotebookClient(book, timeout=600, kernel_name="python3").execute(cwd=str(home))
+    shown = "".join(str(cell.get("outputs")) for cell in book.cells)
+    assert "error:" not in shown and "rope" in shown and shown.count("image/png") == 2
+    assert {"quickstart", "positions"} <= {path.name for path in (home / "runs").iterdir()}
 
 
 def test_the_python_of_the_readme_runs():

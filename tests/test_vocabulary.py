@@ -216,12 +216,13 @@ def test_training_samples_and_scores_in_its_vocabulary(trained):
     model = GPT.from_pretrained(trained / "run").eval()
     assert model.config.vocab_size == N and model.transformer.wte.weight.shape == (N, 16)
     texts, acc = log_of(trained, "samples")[-1], log_of(trained, "hellaswag_acc")[-1]
-    ids = reference(N).encode(train_gpt2.SAMPLE_PROMPT).ids
+    prompt = train_gpt2.TrainConfig().sample_prompt
+    ids = reference(N).encode(prompt).ids
     generator = torch.Generator().manual_seed(1337)
     want = model.generate(torch.tensor([ids] * 2), 32, top_k=50, generator=generator)
-    decode = get_tokenizer(N).decode
-    assert texts == [decode(row) for row in want.tolist()]
-    assert texts[0].startswith(train_gpt2.SAMPLE_PROMPT)
+    decoded = [get_tokenizer(N).decode(row) for row in want.tolist()]
+    assert texts == [text.split("<|endoftext|>")[0] for text in decoded]
+    assert texts[0].startswith(prompt)
     labels = [item["label"] for item in hellaswag.load_items(str(trained / "val.jsonl"))]
     right = [pred == label for (pred, _), label in zip(best_endings(model, trained / "val.jsonl"),
                                                         labels, strict=True)]  # fmt: skip
@@ -306,12 +307,13 @@ REFUSED = [
     ({"data_dir": "WHOLE"}, "vocab_size 512 is smaller than the shards' vocabulary of 50257"),
     ({"data_dir": "WHOLE", "vocab_size": 50304}, "holds ids of a vocabulary of 50257: give "
      "--vocab_used 50257 --vocab_size 50304"),
+    ({"data_dir": "gone"}, "python fineweb.py --source pydocs --vocab_size 512 --out gone"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes, words", REFUSED, ids=str)
 def test_training_refuses_another_vocabulary(trained, tmp_path, capsys, changes, words):
-    if "data_dir" in changes:
+    if changes.get("data_dir") == "WHOLE":
         changes = changes | {"data_dir": tmp_path}
         for split in ("val", "train"):
             np.save(tmp_path / f"x_{split}_000000.npy", np.arange(900, dtype=np.uint16))

@@ -5,6 +5,7 @@ text comes as it is drawn; below it each run's curve, what the model held likely
 and what its attention heads looked at.
 """
 
+import base64
 import contextlib
 import ctypes
 import functools
@@ -35,6 +36,9 @@ SCORES = {
     "val_bpb": "bits per byte",
     "hellaswag_acc_norm": "HellaSwag",
 }
+FIRST_RUN = """\
+python fineweb.py --source pydocs --vocab_size 4096 --out data/pydocs
+python train_gpt2.py configs/quickstart.toml"""
 EXPECTED = (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError)
 
 
@@ -225,6 +229,19 @@ def show_attention(name, reply):
     st.image(list(pictures.byte().numpy()), [f"head {i}" for i in range(len(w))], width=84)
 
 
+def show_report(folder):
+    """The report of a comparison in folder, as compare.py wrote it: one page without anything
+    outside it."""
+    found = {str(p.parent.relative_to(folder)): p for p in Path(folder).rglob("report.html")}
+    if not found:
+        return st.caption("`compare.py A.toml B.toml --out RUNS/NAME` writes a report, shown here")
+    name = st.selectbox("Comparison", sorted(found, key=lambda n: -found[n].stat().st_mtime))
+    text = found[name].read_bytes()
+    st.download_button("Download", text, f"{found[name].parent.name}.html", "text/html")
+    # an address of its own origin: a report from elsewhere reaches nothing of this page
+    st.iframe(f"data:text/html;base64,{base64.b64encode(text).decode()}", height=900)
+
+
 # ----------------------------------------------------------------------------- the page
 def choose(folder):
     """The checkpoints that the reader picks or types: {name on the page: path or hub name}."""
@@ -233,7 +250,8 @@ def choose(folder):
     found = [p.parent for p in sorted(found, key=lambda p: -p.stat().st_mtime)]
     found = {str(p.relative_to(folder)): str(p) for p in found}
     if not found:
-        st.error(f"no runs in {folder}: python train_gpt2.py configs/quickstart.toml makes one")
+        st.info(f"There are no runs in {folder} yet. These two commands make one, in minutes:")
+        st.code(FIRST_RUN, language="shell")
     left, right = st.columns(2)
     picked = left.multiselect("Runs, newest first", found, list(found)[:1], max_selections=4)
     typed = right.text_input("or a folder, or a hub repository", placeholder="gpt2").strip()
@@ -274,9 +292,11 @@ def page(config, slot):
             if name in replies:
                 show_text(replies[name], box)
 
-    curves, *inside = st.tabs(["Curves", "Next token", "Attention"])
+    curves, *inside, report = st.tabs(["Curves", "Next token", "Attention", "Report"])
     with curves:
         show_curves(logs)
+    with report:
+        show_report(config.runs)
     whole = [(n, replies[n]) for n in chosen if n in replies and replies[n].attention]
     for tab, show in zip(inside, (show_steps, show_attention), strict=True):
         for column, (name, reply) in zip(tab.columns(len(whole) or 1), whole, strict=False):

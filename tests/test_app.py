@@ -6,6 +6,7 @@ in headless Chromium:
 The browser's tests are skipped, with the reason, where one of these is missing.
 """
 
+import base64
 import math
 import os
 import re
@@ -260,6 +261,25 @@ def test_runs_of_a_comparison_and_hugging_face_folders_are_found(runs, tmp_path,
 
 
 @needs_streamlit
+def test_a_comparisons_report_is_shown_and_can_be_kept(page, runs, tmp_path, monkeypatch):
+    assert not page.get("iframe") and any("compare.py" in c.value for c in page.caption)
+    for name in ("rope", "heads"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / "report.html").write_text(f"<p>the report of {name} ±</p>")
+    os.utime(tmp_path / "all" / "rope" / "report.html", (1, 1))
+    page = open_page(monkeypatch, tmp_path / "all")
+    [chosen] = [box for box in page.selectbox if box.label == "Comparison"]
+    assert chosen.options == ["heads", "rope"] and not page.exception
+    for name in ("heads", "rope"):
+        page = chosen.set_value(name).run()
+        [frame] = page.get("iframe")
+        kind, _, content = frame.proto.src.partition(",")
+        assert kind == "data:text/html;base64"  # an origin of its own
+        assert base64.b64decode(content).decode() == f"<p>the report of {name} ±</p>"
+    assert [button.proto.label for button in page.get("download_button")] == ["Download"]
+
+
+@needs_streamlit
 def test_several_runs_side_by_side_write_what_sample_writes(page, runs):
     write(page, ["gpt2", "llama"])
     config = sample.SampleConfig("", max_new_tokens=5, device="cpu")
@@ -300,8 +320,8 @@ def test_bad_input_is_one_line(name, page, monkeypatch):
 @needs_streamlit
 def test_no_runs_is_said_and_one_can_still_be_named(tmp_path, runs, monkeypatch):
     page = open_page(monkeypatch, tmp_path / "nowhere")
-    assert not page.exception and len(page.error) == 1
-    assert "no runs in" in page.error[0].value and "train_gpt2.py" in page.error[0].value
+    assert not page.exception and not page.error
+    assert "no runs in" in page.info[0].value and "train_gpt2.py" in page.code[0].value
     write(page, [], typed=str(runs / "llama"))
     assert len(texts(page)) == 1
 

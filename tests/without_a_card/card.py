@@ -33,6 +33,8 @@ class Card(TorchDispatchMode):
         kwargs = kwargs or {}
         if operator is aten._local_scalar_dense.default:  # a number that the host reads
             return ones(args[0])
+        if operator is aten.exponential_.default:  # fakes know no generator
+            return args[0]
         if operator in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             args = (args[0], [part for i in args[1] for part in places(i)], *args[2:])
         return operator(*args, **kwargs)

@@ -290,7 +290,8 @@ def plan(name, part):
         changes = [{}, {"pos": "fire", "window": 16, "n_kv_head": 1, "tie_embeddings": False}]
         modes = itertools.product(RANKS["parallel"], RUN["optimizer"], changes)
         jobs += [("share", plain | c | {"parallel": p, "optimizer": o}) for p, o, c in modes]
-    return [("refuse", plain), *jobs]
+    shared = plain | {"pos": "rope", "n_kv_head": 2}  # where kernels know shared key heads
+    return [("refuse", plain), ("train", shared), ("generate", shared), *jobs]
 
 
 # what variants are tried with beside the plain config

@@ -37,5 +37,6 @@ def test_tables_come_from_the_logs(folder, tmp_path, monkeypatch):
     assert text == (folder / "results.md").read_text()
     page = (ROOT / "EXPERIMENTS.md").read_text()
     if f"experiments/{folder.name}/" in page:
-        table = text[text.index("| config |") :].split("\n\n")[0]
+        ladder = text[text.index("## The ladder") :]
+        table = ladder[ladder.index("| config |") :].split("\n\n")[0]
         assert table in page, f"EXPERIMENTS.md has another table than experiments/{folder.name}"

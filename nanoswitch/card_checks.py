@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from model import GPT, POSITIONS, GPTConfig
+from nanoswitch.compiled import compile_model
 from nanoswitch.device import (
     autocast,
     matrix_rate,
@@ -153,7 +154,7 @@ def loss_and_gradients(config, s, exact):
     idx[0, T // 3 :: T // 3] = end
     idx = idx.to(device)
     compiles = not exact and s["compile"]
-    forward = torch.compile(model, dynamic=False) if compiles else model
+    forward = compile_model(model, device) if compiles else model
     with autocast(device, dtype):
         _, loss = forward(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
     scale = 2**10 if dtype == torch.float16 else 1

@@ -3,6 +3,17 @@
 import numpy as np
 import torch
 
+# Inductor's. Left on, it keeps loops apart where one is over (B, T, C) and the other over (B T, C),
+# and so the cast of a gradient is a kernel of its own, which reads all of it again
+CUDA_OPTIONS = {"loop_ordering_after_fusion": False}
+
+
+def compile_model(model, device, **flags):
+    """model under torch.compile for tensors on a device; flags: torch.compile's."""
+    options = CUDA_OPTIONS if device.type == "cuda" else None
+    # a smaller micro-batch later is compiled anew: with a symbol for its size, all is slower
+    return torch.compile(model, dynamic=False, options=options, **flags)
+
 
 def compiled(trainer):
     """What trains: the model under torch.compile, which shares its weights, where the run asks for
@@ -16,8 +27,7 @@ def compiled(trainer):
     # FlexAttention, which a card then takes where it may choose, is the hardest part to compile
     flexes = masked and model_config.attention_kernel == "auto" and device.type == "cuda"
     for what in ("FlexAttention", "it") if flexes else ("it",):
-        # a smaller micro-batch later is compiled anew: with a symbol for its size, all is slower
-        forward = torch.compile(trainer.model, dynamic=False)
+        forward = compile_model(trainer.model, device)
         problem = failure(trainer, forward)
         if not trainer.ranks.sum(bool(problem))[0]:
             return forward

@@ -40,6 +40,7 @@ from triton.runtime import driver
 
 from model import GPTConfig
 from nanoswitch import loss
+from nanoswitch.compiled import compile_model
 from nanoswitch.counts import Storages, on_meta
 from nanoswitch.device import autocast
 
@@ -189,7 +190,7 @@ def step(case, B):
             storages.add(x.untyped_storage())
         run(model)
     with generated(peaks) as sources:
-        run(torch.compile(model, fullgraph=True))
+        run(compile_model(model, idx.device, fullgraph=True))
     return sources, max(peaks), storages.peak
 
 

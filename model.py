@@ -111,7 +111,8 @@ class GPTConfig:
     document_mask: bool = False
     """attention does not cross the end-of-text token, id vocab_used - 1"""
     attention_kernel: "Literal[tuple(KERNELS)]" = "auto"
-    """auto lets torch choose; flash and math insist; flex is FlexAttention, made for CUDA"""
+    """auto lets torch choose, in compiled CUDA runs FlexAttention for windows and documents; flash
+    and math insist; flex is FlexAttention, made for CUDA"""
 
     def __post_init__(self):
         tables = {

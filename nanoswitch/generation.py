@@ -43,7 +43,7 @@ class Generation:
             yield token
 
     def next_token(self, idx, pick, cache=None):
-        """idx (B, T) -> (B,): what pick makes of next_logits. ValueError where they are NaN."""
+        """idx (B, T) -> (B,): what pick makes of next_logits. ValueError if one is not finite."""
         logits = self.next_logits(idx, cache)
         if not logits.isfinite().all():
             raise ValueError("the model's logits are not finite numbers: its weights are broken")

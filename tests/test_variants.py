@@ -518,9 +518,9 @@ def test_gated_deltanet_goes_with_full_attention_and_refuses_what_has_no_scores(
         close(torch.cat(pieces, 1), model(IDX)[0])
     state = cache.layers[0].tensors[0]
     assert state.shape == (2, nh, hs, hs) and cache.layers[0].kept["qkv"].shape == (2, 3, 32)
-    for changes in (dict(window=4), dict(document_mask=True), dict(pos="alibi")):
-        with refused("gated_deltanet"):
-            tiny(attention="gated_deltanet", **changes)
+    for name, value in (("window", 4), ("document_mask", True), ("pos", "alibi")):
+        with refused("gated_deltanet", "layer 0", name):
+            tiny(attention="gated_deltanet", **{name: value})
 
 
 @pytest.mark.parametrize("latent, rope", [(0, 0), (6, 4)])

@@ -41,12 +41,14 @@ class GatedDeltaNet(Attention):
     @staticmethod
     def check(config):
         for layer, name in enumerate(config.attentions):
-            biased = has_bias(POSITIONS[config.encodings[layer]])
-            masked = config.windows[layer] or config.document_mask
-            if name == "gated_deltanet" and (masked or biased):
+            pos, wrong = config.encodings[layer], []
+            wrong += ["window"] if config.windows[layer] else []
+            wrong += ["document_mask"] if config.document_mask else []
+            wrong += [f"pos '{pos}'"] if has_bias(POSITIONS[pos]) else []
+            if name == "gated_deltanet" and wrong:
                 raise ValueError(
-                    f"gated_deltanet has no scores to mask or bias: drop window, document_mask and "
-                    f"pos '{config.encodings[layer]}' from its layers; others take them by patterns"
+                    f"gated_deltanet has no scores to mask or bias: layer {layer} must do without "
+                    f"{' and '.join(wrong)}"
                 )
 
     def forward(self, x, rotation, mask, cache=None, carry=None):

@@ -14,9 +14,9 @@ from tyro.conf import Positional
 
 from nanoswitch import cli
 from nanoswitch.files import write_beside
-from nanoswitch.log import read_run
+from nanoswitch.log import ITEMS, read_run
 
-ALSO = "diverged", "hellaswag_items.npz"  # what compare.py reads beside a log
+ALSO = "diverged", ITEMS  # what compare.py reads beside a log
 
 
 @dataclass

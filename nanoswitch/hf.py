@@ -28,7 +28,7 @@ from nanoswitch.weights import check_whole, empty, fill, read_safetensors, read_
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_WEIGHTS, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WHERE = (INDEX, WEIGHTS, OLD_INDEX, OLD_WEIGHTS)  # a model's weights, in this order
-OFFLINE = "without a network give a folder that holds the weights"
+OFFLINE = "without a network weights load only from a folder"
 # buffers of older uploads: the causal mask, RoPE's wavelengths
 BUFFERS = (
     ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",

@@ -8,19 +8,21 @@ import platform
 import statistics
 import subprocess
 import sys
-import zipfile
 from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_bytes
 
 from model import GPTConfig
 from nanoswitch.files import write_beside
 from nanoswitch.tracker import TRACKERS
 
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient before a run gives up
-ITEMS = "hellaswag_items.npz"  # beside log.jsonl
+ITEMS = "hellaswag_items.safetensors"  # beside log.jsonl
 LOSSES = {"val_loss": "validation loss", "val_bpb": "bits per byte"}  # in the words of a table
 SPIKE = 5.0  # standard deviations above the mean of the last 100 losses
 
@@ -146,7 +148,7 @@ class Log:
 
 def write_items(path, step, values):
     with write_beside(str(path)) as file:
-        np.savez(file, step=step, values=values)
+        file.write(to_bytes({"step": np.array(step), "values": values}))
 
 
 def spike(loss, losses):
@@ -235,9 +237,9 @@ class Run:
         """What each HellaSwag item scored last, (n, 4) in the order of scoring.NAMES, or None:
         older runs have none, and those of another step are none of the log's last score."""
         try:
-            with np.load(self.folder / ITEMS) as found:
-                step, values = int(found["step"]), found["values"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            found = load_file(self.folder / ITEMS)
+            step, values = int(found["step"]), found["values"]
+        except (OSError, KeyError, SafetensorError):
             return None
         steps, counts = self.curve("hellaswag_n")
         return values if steps and (steps[-1], counts[-1]) == (step, len(values)) else None

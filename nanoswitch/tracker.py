@@ -1,6 +1,7 @@
 """Weights & Biases and trackio, beside the log."""
 
 import contextlib
+import importlib
 import os
 import secrets
 
@@ -15,7 +16,7 @@ class Tracker:
 
     def __init__(self, folder, say):
         try:
-            self.module = __import__(self.name)
+            self.module = importlib.import_module(self.name)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"--{self.name} true needs {self.name}: pip install {self.name} ({error})"

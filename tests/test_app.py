@@ -352,6 +352,7 @@ for name in page.multiselect[0].options:
 """
 
 
+@pytest.mark.slow
 @needs_streamlit
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_memory_stays_bounded_over_ten_models_of_100_megabytes(tmp_path):

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from builders import run_main
+from test_compare import write_run
 
 import compare
 from nanoswitch import archive
 from nanoswitch.log import read_run
-from tests.builders import run_main
-from tests.test_compare import write_run
 
 
 def test_a_copy_gives_the_same_table(tmp_path, monkeypatch):

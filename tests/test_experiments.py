@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from builders import run_main
 
 import compare
-from tests.builders import run_main
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("experiments/*/command.txt"))

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from builders import grown, tiny
 
 from model import GPT
 from nanoswitch import lengths
 from nanoswitch.lengths import lengths_table, score_lengths
-from tests.builders import grown, tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 53, 200)
 

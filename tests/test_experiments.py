@@ -1,5 +1,6 @@
 """The tables in experiments/ and EXPERIMENTS.md are what compare.py makes of the committed logs."""
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -36,7 +37,14 @@ def test_tables_come_from_the_logs(folder, tmp_path, monkeypatch):
     text = (out / "results.md").read_text()
     assert text == (folder / "results.md").read_text()
     page = (ROOT / "EXPERIMENTS.md").read_text()
-    if f"experiments/{folder.name}/" in page:
+    assert f"experiments/{folder.name}/" in page
+    if "## The ladder" in text:
         ladder = text[text.index("## The ladder") :]
         table = ladder[ladder.index("| config |") :].split("\n\n")[0]
         assert table in page, f"EXPERIMENTS.md has another table than experiments/{folder.name}"
+        return
+    for name, row in json.loads((out / "results.json").read_text())["configs"].items():
+        diff, loss = row["diff"]["mean"], row["val_loss"]["mean"]
+        shown = f"{loss:.4f} | " + ("-" if diff is None or not diff else f"{diff:+.4f}")
+        line = f"| {name} | {row['parameters']:,} | {row['kv_bytes_per_token']:,} | {shown} |"
+        assert line in page, f"EXPERIMENTS.md has no {line}"

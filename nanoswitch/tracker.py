@@ -1,7 +1,6 @@
 """Weights & Biases and trackio, beside the log."""
 
 import contextlib
-import importlib
 import os
 import secrets
 
@@ -16,7 +15,7 @@ class Tracker:
 
     def __init__(self, folder, say):
         try:
-            self.module = importlib.import_module(self.name)
+            self.module = self.package()
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"--{self.name} true needs {self.name}: pip install {self.name} ({error})"
@@ -58,6 +57,12 @@ class Tracker:
 class Wandb(Tracker):
     name = "wandb"
 
+    @staticmethod
+    def package():
+        import wandb
+
+        return wandb
+
     def start(self, about):
         # neither the terminal's lines nor git's remote, whose address may hold a password
         quiet = self.module.Settings(console="off", disable_git=True, save_code=False, quiet=True)
@@ -80,6 +85,12 @@ class Trackio(Tracker):
     """Its runs have no id to choose, so that one's name holds it. `step` is a word of its own."""
 
     name = "trackio"
+
+    @staticmethod
+    def package():
+        import trackio
+
+        return trackio
 
     def start(self, about):
         self.run = self.module.init(

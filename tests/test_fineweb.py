@@ -218,6 +218,7 @@ def test_gigatoken_gives_the_same_ids_on_a_long_text(fast):
     fast([text, "x" + text[:1_500_000], text[:10]])
 
 
+@pytest.mark.slow
 def test_gigatoken_splits_at_the_same_characters():
     """Where a text is split shows in its ids only where a merge would cross: so, with a vocabulary
     whose merges join a letter, a digit, a sign or a space to any byte, every character there is."""

@@ -309,6 +309,7 @@ def test_gpt2s_vocabulary_is_known_however_it_is_padded(rows, used, tmp_path):
         refused(lambda: own_tokenizer(tmp_path / "ckpt.pt", config), "tokenizer.json", "GPT-2's")
 
 
+@pytest.mark.slow
 def test_it_is_a_checkpoint_for_every_script(tmp_path):
     path = tmp_path / "ckpt.pt"
     nanogpt(path, rows=50304)

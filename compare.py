@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from tyro.conf import Positional
 
 from model import GPTConfig
@@ -40,7 +41,7 @@ from nanoswitch.lengths import lengths_table, score_lengths
 from nanoswitch.log import LOSSES, read_run
 from nanoswitch.progress import clock, markdown, short
 from nanoswitch.report import page
-from nanoswitch.scoring import NAMES, at_chance
+from nanoswitch.scoring import NAMES, add_up, at_chance, error_name, summarize
 from nanoswitch.study import MUST_AGREE, Study, check_fair, merge, name_of, read_entries, show_plan
 from nanoswitch.sweep import INCIDENTAL
 from train_gpt2 import TrainConfig
@@ -224,21 +225,19 @@ def summary(runs):
 
 
 def by_item(runs, theirs):
-    """HellaSwag's figures of Runs minus those of the first config's, over the seeds that both
-    have: {name: {"mean", "se"}}, or None where no such seed kept its items. What both find hard or
-    easy drops out of the error, which is that of items; the spread over seeds is not in it."""
-    kept = {run.seed: run.items() for run in theirs}
-    pairs = [(run.items(), kept.get(run.seed)) for run in runs]
+    """HellaSwag's figures of Runs minus those of the first config's, whose items by seed are
+    theirs, over the seeds that both have: {name: {"mean", "se"}}, or None where no such seed kept
+    its items. What both find hard or easy drops out of the error, which is that of items; the
+    spread over seeds is not in it."""
+    pairs = [(run.items(), theirs.get(run.seed)) for run in runs]
     diffs = [a - b for a, b in pairs if a is not None and b is not None and len(a) == len(b)]
     if not diffs:
         return None
-    values = np.mean(diffs, axis=0)  # (n, 4)
-    errors = (
-        values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else [None] * len(NAMES)
-    )
+    n, values = len(diffs[0]), torch.from_numpy(np.mean(diffs, axis=0))  # (n, 4)
+    found = summarize(add_up(values), n)
     return {
-        name: {"mean": float(mean), "se": None if se is None else float(se)}
-        for name, mean, se in zip(NAMES, values.mean(0), errors, strict=True)
+        name: {"mean": found[name], "se": found[error_name(name)] if n > 1 else None}
+        for name in NAMES
     }
 
 
@@ -265,6 +264,7 @@ def results(groups, margin=0.0, wanted=0.0, pool=True):
         if configs[name]["tokens"] == configs[first]["tokens"]  # else another experiment
     }  # fmt: skip
     found = stats.against_first(losses, margin, wanted, pool)
+    items = {run.seed: run.items() for run in groups[first]}
     for name, runs in groups.items():
         row = configs[name]
         row["seeds"] = [run.seed for run in runs]
@@ -273,7 +273,7 @@ def results(groups, margin=0.0, wanted=0.0, pool=True):
         row["reaches_first"] = reaches(runs, configs[first][metric]["mean"], metric)
         mine, theirs = (about(group[0]) for group in (runs, groups[first]))
         if row["hellaswag"] and configs[first]["hellaswag"] and name != first:
-            row["hellaswag"]["diff"] = by_item(runs, groups[first])
+            row["hellaswag"]["diff"] = by_item(runs, items)
         row["differs_in"] = {k: v for k, v in sorted(mine.items()) if v != theirs.get(k)}
     runs = [run for of in groups.values() for run in of]
     code = {key: sorted(set(filter(None, map(of, runs)))) for key, of in VERSIONS.items()}

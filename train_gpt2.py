@@ -158,12 +158,11 @@ class TrainConfig:
         at_least(self, 0, "micro_batch max_steps warmup_steps eval_every hellaswag_every")
         at_least(self, 0, "hellaswag_limit sample_every checkpoint_every keep_checkpoints patience")
         at_least(self, 0, "weight_decay grad_clip seed muon_lr")
-        if self.optimizer not in OPTIMIZERS:
-            valid = ", ".join(OPTIMIZERS)
-            raise ValueError(f"optimizer '{self.optimizer}' is none of: {valid}")
-        if self.muon_coefficients not in COEFFICIENTS:
-            valid = ", ".join(COEFFICIENTS)
-            raise ValueError(f"muon_coefficients '{self.muon_coefficients}' is none of: {valid}")
+        choices = {"optimizer": OPTIMIZERS, "muon_coefficients": COEFFICIENTS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                valid = ", ".join(known)
+                raise ValueError(f"{name} '{getattr(self, name)}' is none of: {valid}")
         for name in ("min_lr_frac", "cooldown_frac", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")

@@ -14,9 +14,9 @@ from tyro.conf import Positional
 
 from nanoswitch import cli
 from nanoswitch.files import write_beside
-from nanoswitch.log import ITEMS, read_run
+from nanoswitch.log import DIVERGED_MARK, ITEMS, read_run
 
-ALSO = "diverged", ITEMS  # what compare.py reads beside a log
+ALSO = DIVERGED_MARK, ITEMS  # what compare.py reads beside a log
 
 
 @dataclass
@@ -59,7 +59,7 @@ def main():
     copied = 0
     for log in logs:
         run = read_run(log.parent)
-        if not run or not (run.finished or (log.parent / "diverged").exists()):
+        if not run or not run.over:
             continue
         place = out / log.parent.relative_to(source)
         place.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,11 @@ experiments/variants/*/results.json. What was not run is said to be so.
 """
 
 import ast
-import json
 import re
 from pathlib import Path
 
 from nanoswitch import cli
-from nanoswitch.files import write_beside
+from nanoswitch.files import read_json, write_beside
 from nanoswitch.ladder import gain_text
 from nanoswitch.progress import markdown
 
@@ -36,10 +35,6 @@ A file here is a choice of a switch: `--attention NAME`, or of `--mlp`, `--norm`
 are what a variant in every layer adds to GPT-2 124M with RoPE: parameters, training FLOPs a token,
 cache bytes a token, and the memory of a forward and backward pass of one sequence in bf16.
 """
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def about(name):
@@ -123,7 +118,7 @@ def ladder_part(found, names, where):
 def page(folder=ROOT / "experiments/variants"):
     """variants/README.md. folder: where the proof cards and the ladders' results are."""
     names = sorted({path.stem for path in ROOT.glob("configs/variants/*.toml")} - {BASE})
-    cards = {path.stem: read(path) for path in folder.glob("*.json")}
+    cards = {path.stem: read_json(path) for path in folder.glob("*.json")}
     rows = []
     for name in names:
         file = (ROOT / "variants" / f"{name}.py").is_file()
@@ -138,7 +133,7 @@ def page(folder=ROOT / "experiments/variants"):
     parts.append("## What they give")
     missing = list(names)
     for path in sorted(folder.glob("*/results.json")):
-        found = read(path)
+        found = read_json(path)
         sizes = found["ladder"]["sizes"][:SIZES] if found.get("ladder") else []
         shown = [n for n in names if all(n in size["results"]["configs"] for size in sizes)]
         if len(sizes) == SIZES and shown:

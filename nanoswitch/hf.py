@@ -345,7 +345,7 @@ def read_rope(hf, folder):
 def read_weights(folder):
     """All tensors of a folder: of safetensors, else of torch.save's files; of the shards that an
     index names, or of one file."""
-    name = next((name for name in WHERE if (folder / name).is_file()), WEIGHTS)
+    name = weights_in(folder) or WEIGHTS
     if name == WEIGHTS:
         return read_safetensors(folder / WEIGHTS)
     weights = {}
@@ -358,6 +358,11 @@ def read_weights(folder):
             raise ValueError(f"{folder / file} holds more than named tensors: no weights file")
         weights |= found
     return weights
+
+
+def weights_in(folder):
+    """The first of WHERE that a folder holds, or None."""
+    return next((name for name in WHERE if (folder / name).is_file()), None)
 
 
 def files_of(path):
@@ -384,14 +389,14 @@ def download(name):
     def fetch(file, check, revision=None):
         def check_or_forget(path):
             try:
-                if check:
-                    check(path)
+                check(path)
             except ValueError:
                 if os.path.islink(path):  # the cache would link to the same damaged file again
                     os.remove(os.path.realpath(path))
                 raise
 
-        path = hub_download(name, file, None, "model", revision, check_or_forget, OFFLINE)
+        check_it = check and check_or_forget
+        path = hub_download(name, file, None, "model", revision, check_it, OFFLINE)
         return Path(path).parent
 
     folder = fetch("config.json", read_json)
@@ -400,8 +405,7 @@ def download(name):
     def there(file):
         return with_retries(name, lambda: file_exists(name, file, revision=commit), OFFLINE)
 
-    cached = [file for file in WHERE if (folder / file).is_file()]
-    found = next(iter(cached), None) or next(filter(there, WHERE), None)
+    found = weights_in(folder) or next(filter(there, WHERE), None)
     if not found:
         raise ValueError(f"{name} has no weights that this reads: none of {', '.join(WHERE)}")
     if found in (INDEX, OLD_INDEX):

@@ -39,23 +39,30 @@ def score_lengths(groups, multiples):
     """{name: Runs} -> {"prose", "repeat": {name: {context: [of each seed]}}} in nats: the
     validation loss of the last checkpoints in windows of `context` tokens, the same text at every
     length, and the gain of a repeat. None where positions end."""
-    found = {}
-    for score in SCORES:
-        found[score] = {name: {} for name in groups}
-        for name, runs in groups.items():
-            for T in [runs[0].config["block_size"] * k for k in multiples]:
-                values = [score_length(run, T, *SCORES[score]) for run in runs]
-                found[score][name][T] = None if None in values else values
+    found = {score: {name: {} for name in groups} for score in SCORES}
+    for name, runs in groups.items():
+        lengths = [runs[0].config["block_size"] * k for k in multiples]
+        scored = [score_run(run, lengths) for run in runs]
+        for score, T in scored[0]:
+            values = [one[score, T] for one in scored]
+            found[score][name][T] = None if None in values else values
     return found
 
 
-def score_length(run, T, make, times):
-    """The score of a run's last checkpoint in windows of T tokens, or None."""
-    model = GPT.from_pretrained(run.folder)
+def score_run(run, lengths):
+    """{(score, T): that of a run's last checkpoint in windows of T tokens, or None}."""
+    device = pick_device(run.config.get("device", "auto"))
+    model = GPT.from_pretrained(run.folder).to(device).eval()
+    return {
+        (score, T): score_length(run, model, device, T, *how)
+        for score, how in SCORES.items()
+        for T in lengths
+    }
+
+
+def score_length(run, model, device, T, make, times):
     if model.config.block_size < T and not model.extrapolates:
         return None
-    device = pick_device(run.config.get("device", "auto"))
-    model = model.to(device).eval()
     data_dir = run.config["data_dir"]
     vocab = match_vocabulary(data_dir, model.config)
     val = Windows(load_shards(data_dir, "val"), T // times, vocab)

@@ -23,6 +23,7 @@ from nanoswitch.tracker import TRACKERS
 
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient before a run gives up
 ITEMS = "hellaswag_items.safetensors"  # beside log.jsonl
+DIVERGED_MARK = "diverged"  # beside it too: the mark that tune.py leaves
 LOSSES = {"val_loss": "validation loss", "val_bpb": "bits per byte"}  # in the words of a table
 SPIKE = 5.0  # standard deviations above the mean of the last 100 losses
 
@@ -223,6 +224,11 @@ class Run:
         last, config = self.start.get("steps", 0), self.config
         wanted = ["val_loss"] + ["hellaswag_acc_norm"] * bool(config.get("hellaswag_every"))
         return all(max(self.values.get(key, {-1: 0})) >= last for key in wanted)
+
+    @property
+    def over(self):
+        """Whether a comparison is done with it: it is finished, or was found to diverge."""
+        return self.finished or (self.folder / DIVERGED_MARK).exists()
 
     def curve(self, key):
         """-> steps and values of a key, two lists."""

@@ -107,26 +107,27 @@ class CautiousAdamW(torch.optim.AdamW):
             muon.decay(p, update, rate * (1 - skipped), cautious=True)
 
 
-def hidden_matrices(model):
-    """The names of the matrices inside the blocks, but for those that their modules spare."""
+def beside_adamw(model, config, dtype, kind, flags, scale=1.0):
+    """An optimizer for the matrices inside the blocks, but for those that their modules spare;
+    AdamW for all else."""
     named, decayed = dict(model.named_parameters()), decays(model)
     inside = [n for n in named if n.startswith("transformer.h.") and named[n].dim() == 2]
-    return [n for n in inside if decayed[n]]
+    hidden = [n for n in inside if decayed[n]]
+    flags = flags | dict(weight_decay=config.weight_decay)
+    own = (kind, [{"params": [named[n] for n in hidden]}], flags, scale)
+    return [*adamw(model, config, dtype, without=hidden), own]
 
 
 def by_muon(model, config, dtype, beta2=0.0):
     """Muon for the matrices inside the blocks, AdamW for all else: one rate can serve both. In a
     run in fp32 Muon computes in fp32 too: in bf16 the last bit of a sum over ranks would be 1e-4
     of the loss."""
-    hidden, named = hidden_matrices(model), dict(model.named_parameters())
     flags = dict(
-        weight_decay=config.weight_decay, coefficients=config.muon_coefficients, beta2=beta2,
-        cautious=config.cautious_decay,
+        coefficients=config.muon_coefficients, beta2=beta2, cautious=config.cautious_decay,
         dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16,
     )  # fmt: skip
     scale = config.muon_lr / config.lr if config.muon_lr else 1.0
-    own = (muon.Muon, [{"params": [named[n] for n in hidden]}], flags, scale)
-    return [*adamw(model, config, dtype, without=hidden), own]
+    return beside_adamw(model, config, dtype, muon.Muon, flags, scale)
 
 
 def by_normuon(model, config, dtype):
@@ -139,10 +140,8 @@ def by_soap(model, config, dtype):
         raise ValueError("optimizer soap cannot share out a matrix: use --parallel ddp or zero1")
     if config.cautious_decay:
         raise ValueError("optimizer soap has no cautious_decay: leave it out")
-    hidden, named = hidden_matrices(model), dict(model.named_parameters())
-    flags = dict(betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
-    own = (soap_class(), [{"params": [named[n] for n in hidden]}], flags, 1.0)
-    return [*adamw(model, config, dtype, without=hidden), own]
+    flags = dict(betas=(config.beta1, config.beta2))
+    return beside_adamw(model, config, dtype, soap_class(), flags)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": by_muon, "normuon": by_normuon, "soap": by_soap}

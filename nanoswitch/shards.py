@@ -67,9 +67,9 @@ def load_shards(folder, split, vocab=N_VOCAB):
     parts that are not all there, and for a file that is truncated, foreign, of another dtype or
     vocabulary, or not as long as its header says.
     """
-    list_shards(folder, vocab)
+    paths = list_shards(folder, vocab)
     check_parts(folder)
-    shards = [open_shard(path) for path in list_shards(folder) if shard_split(path) == split]
+    shards = [open_shard(path) for path in paths if shard_split(path) == split]
     for manifest in read_manifests(folder).values():
         if manifest["tokenizer"] != MANIFEST["tokenizer"]:
             found = manifest["tokenizer"]

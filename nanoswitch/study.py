@@ -300,7 +300,7 @@ def merge(out, other, entries):
     found = []
     for folder in (log.parent for log in logs):
         run = read_run(folder)
-        if folder.parent.name in seen and run and (run.finished or (folder / "diverged").exists()):
+        if folder.parent.name in seen and run and run.over:
             check_seen(run, seen[folder.parent.name])
             found.append(folder)
     taken = 0

@@ -5,6 +5,7 @@ run folder, and the rule reads nothing but their logs."""
 import math
 from dataclasses import dataclass, field
 
+from nanoswitch.log import DIVERGED_MARK
 from nanoswitch.sweep import last_line
 
 STEP = math.sqrt(2)
@@ -61,7 +62,7 @@ def loss_of(job):
     run = job.run()
     if run and run.finished:
         return run.last("val_loss")
-    marker = job.folder / "diverged"
+    marker = job.folder / DIVERGED_MARK
     if not marker.exists():
         if DIVERGED not in last_line(job.folder / "output.txt"):
             return None

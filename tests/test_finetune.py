@@ -138,6 +138,7 @@ def test_a_kill_before_best_is_written_loses_nothing(data, tmp_path, scripted):
     assert named(tmp_path, "best") == "step_000002\n"
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_as_one(data, tmp_path):
     """At this rate the loss only rises."""
     flags = TRAIN | dict(lr=1.0, patience=2, curve="false", data_dir=data) | MODEL

@@ -434,6 +434,7 @@ def test_without_changes_the_weights_are_the_checkpoints(run, data, tmp_path):
     assert all(torch.equal(state[n], w) for n, w in saved.items()) and not made.surgery.lines
 
 
+@pytest.mark.slow
 def test_a_comparison_takes_the_checkpoints_shape(run, data, tmp_path):
     """compare.py plans, checks and trains configs with init_from by what the checkpoint says."""
     same = "".join(f"{name} = {json.dumps(value)}\n" for name, value in SHAPE.items())

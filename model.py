@@ -440,7 +440,6 @@ class Attention(nn.Module):
     def forward(self, x, rotation, mask, cache=None, carry=None):
         """x (B, T, C); rotation and mask as GPT.features makes them; cache this layer's; carry
         what the layers of a pass share."""
-        B, T, C = x.size()
         q, k, v = self.heads(self.c_attn(x), x, cache, carry)
         if self.qk_norm:
             # CUDA's autocast runs rms_norm in fp32, and its result must fit beside v in a cache
@@ -451,8 +450,7 @@ class Attention(nn.Module):
             k, v = cache.update(k, v)  # (B, nkv, Tk, hs)
         # a cache may hold another dtype
         y = self.attend(q.type_as(k), k, v, mask, cache, x).type_as(q)  # (B, nh, T, hs)
-        y = self.output(y.transpose(1, 2).reshape(B, T, C), x, carry)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return self.project(y, x, carry)
 
     def heads(self, qkv, x, cache, carry):
         """qkv, what c_attn made of x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs)."""
@@ -468,6 +466,11 @@ class Attention(nn.Module):
         """The heads' results (B, T, C), side by side, and what the layer was given (B, T, C) ->
         what c_proj reads."""
         return y
+
+    def project(self, y, x, carry):
+        """The heads' results (B, nh, T, hs) -> the layer's, (B, T, C)."""
+        y = self.output(y.transpose(1, 2).flatten(2), x, carry)  # (B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def share(self, x):
         """Key or value heads, (B, nkv, T, hs) -> one for every query head, (B, nh, T, hs)."""

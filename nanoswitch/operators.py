@@ -1,5 +1,5 @@
-"""Operators that files of variants/ share: a causal convolution, a norm of heads, the gated delta
-rule, and products by group.
+"""Operators of the files in variants/: a causal convolution, a norm of heads, the gated delta rule,
+products by group, and a gradient that a module gives itself.
 
 Shapes: B batch, T positions, nh heads, hs their size.
 """
@@ -19,6 +19,8 @@ class CausalConv(nn.Module):
 
     def __init__(self, channels, width):
         super().__init__()
+        if width < 1:
+            raise ValueError(f"a convolution of width {width}: its width must be 1 or more")
         # the last column is the token's own, as F.conv1d has it
         self.weight = nn.Parameter(torch.zeros(channels, width))
         self.init_std = (3 * width) ** -0.5  # that of nn.Conv1d
@@ -78,6 +80,30 @@ def gated_delta_rule(q, k, v, fade, beta, state=None):
     return torch.cat(found, dim=2)[:, :, :T], state
 
 
+class Fade(nn.Module):
+    """x (B, nh, T) -> log alpha = -exp(A) softplus(x + b); A and b are numbers, one for each head.
+
+    At the start exp(A) is spread over (0, 16) and softplus(b) over 0.001 to 0.1, from which the
+    authors draw them."""
+
+    own_init = True
+
+    def __init__(self, nh):
+        super().__init__()
+        h = torch.arange(nh) + 0.5
+        self.A = nn.Parameter((16 * h / nh).log())
+        step = 0.001 * 100 ** (0.618 * h % 1)  # in another order
+        self.b = nn.Parameter(step.expm1().log())
+
+    def forward(self, x):
+        return -self.A.float().exp()[:, None] * F.softplus(x + self.b.float()[:, None])
+
+
+def unit(x):
+    """x (.., hs) of length 1."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
 def chunk_of(T, most=64):
     """The least power of 2 that holds T tokens, at most `most`."""
     while most // 2 >= T:
@@ -104,6 +130,22 @@ def delta_rule_products(T, hs):
 
 
 # ----------------------------------------------------------------------------- products by group
+
+
+class GroupedLinear(nn.Module):
+    """A matrix (n_in, n_out) for each of `groups` groups of rows. share: of all tokens, those that
+    a group multiplies."""
+
+    def __init__(self, groups, n_in, n_out, share):
+        super().__init__()
+        self.weight, self.share = nn.Parameter(torch.zeros(groups, n_in, n_out)), share
+
+    def forward(self, x, ends):
+        """As grouped_product's."""
+        return grouped_product(x, self.weight.type_as(x), ends)
+
+    def uses(self, T):
+        return self.share
 
 
 def grouped_product(x, weight, ends):
@@ -157,3 +199,21 @@ def gradients(ctx, grad):
 
 
 one_by_one.register_autograd(gradients, setup_context=keep)
+
+
+# ----------------------------------------------------------------------------- given gradients
+
+
+class WithGradient(torch.autograd.Function):
+    """apply(y, p, gradient) -> y as it is; p's gradient is the one that is given, whatever y's is.
+
+    Times 2^-40: a power of 2, so that sums stay exact, and too small to count in a norm of all."""
+
+    @staticmethod
+    def forward(ctx, y, p, gradient):
+        ctx.save_for_backward(gradient.type_as(p) * 2.0**-40)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *ctx.saved_tensors, None

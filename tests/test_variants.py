@@ -407,6 +407,16 @@ def test_canon_b_mixes_queries_keys_and_values():
     check(make(attention="canon"), heads_with(own))
 
 
+@pytest.mark.parametrize("width", [0, -1])
+@pytest.mark.parametrize(
+    "changes", [dict(residual="canon"), dict(attention="canon"), dict(attention="gated_deltanet")]
+)
+def test_a_convolution_of_no_token_is_one_line(changes, width):
+    (name,) = changes.values()
+    with refused(f"width {width}", "1 or more"):
+        GPT(tiny(**changes, settings=f"{name}.width={width}"))
+
+
 def test_canon_starts_as_the_model_without_it():
     for block in GPT(tiny(residual="canon", attention="canon")).transformer.h:
         convs = (block.residual.conv_1, block.residual.conv_2, block.attn.conv)

@@ -11,20 +11,24 @@ which a token first lets fade by alpha, and then tells its own value for its own
 It buys time and a cache that do not grow with the text, and a memory that can be overwritten.
 Recall of exact strings is worse, so mix it: `--attention_pattern
 gated_deltanet,gated_deltanet,gated_deltanet,full`. Pitfalls: it knows order without an encoding and
-takes no rotation; biased encodings, windows and document_mask are refused for its layers. Chunks of
-64 tokens are products in fp32, one chunk after another, where fla-org has kernels of their own: a
-pass of GPT-2 124M takes 2.6 times the memory of plain attention's.
+takes no rotation; its layers refuse biased encodings, windows and document_mask. Chunks of 64
+tokens are products in fp32, one chunk after another, where fla-org has kernels of its own: a pass
+of GPT-2 124M takes 2.6 times the memory of plain attention's.
 """
 
-import math
-
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from model import POSITIONS, Attention, has_bias
 from nanoswitch.device import own_precision
-from nanoswitch.operators import CausalConv, HeadNorm, delta_rule_products, gated_delta_rule
+from nanoswitch.operators import (
+    CausalConv,
+    Fade,
+    HeadNorm,
+    delta_rule_products,
+    gated_delta_rule,
+    unit,
+)
 
 
 class GatedDeltaNet(Attention):
@@ -40,58 +44,34 @@ class GatedDeltaNet(Attention):
 
     @staticmethod
     def check(config):
-        for layer, name in enumerate(config.attentions):
-            pos, wrong = config.encodings[layer], []
-            wrong += ["window"] if config.windows[layer] else []
-            wrong += ["document_mask"] if config.document_mask else []
-            wrong += [f"pos '{pos}'"] if has_bias(POSITIONS[pos]) else []
-            if name == "gated_deltanet" and wrong:
-                raise ValueError(
-                    f"gated_deltanet has no scores to mask or bias: layer {layer} must do without "
-                    f"{' and '.join(wrong)}"
-                )
+        for layer, pos in enumerate(config.encodings):
+            there = {"window": config.windows[layer], "document_mask": config.document_mask}
+            there[f"pos '{pos}'"] = has_bias(POSITIONS[pos])
+            wrong = " and ".join(what for what in there if there[what])
+            if wrong and config.attentions[layer] == "gated_deltanet":
+                why = "gated_deltanet has no scores to mask or bias"
+                raise ValueError(f"{why}: layer {layer} must do without {wrong}")
 
     def forward(self, x, rotation, mask, cache=None, carry=None):
-        B, T, C = x.size()
         qkv = F.silu(self.conv(self.c_attn(x), cache, "qkv"))
         q, k, v = (y.float() for y in self.heads(qkv, x, cache, carry))  # (B, n, T, hs)
-        q, k, v = unit(q) / math.sqrt(self.hs), unit(self.share(k)), self.share(v)
+        q, k, v = unit(q) / self.hs**0.5, unit(self.share(k)), self.share(v)
         a, b = self.gates(x).float().transpose(1, 2).chunk(2, dim=1)  # (B, nh, T)
         state = cache.tensors[0].float() if cache is not None and cache.tensors else None
         with own_precision(x):
             y, state = gated_delta_rule(q, k, v, self.fade(a), b.sigmoid(), state)
         if cache is not None:
             cache.tensors = [state]  # in fp32, whatever the weights are: it adds up
-        y = self.norm(y.transpose(1, 2)).reshape(B, T, C).type_as(qkv)
-        y = self.output(y * F.silu(self.gate(x)), x, carry)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return self.project(self.norm(y).type_as(qkv), x, carry)
+
+    def output(self, y, x, carry):
+        return y * F.silu(self.gate(x))
 
     def mask(self, pos, wpe, docs=None, cache=None):
         """None: the memory holds what came before."""
 
     def products(self, T):
         return self.nh * delta_rule_products(T, self.hs)
-
-
-def unit(x):
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-
-
-class Fade(nn.Module):
-    """(B, nh, T) -> log alpha. At the start exp(A) is spread over (0, 16) and softplus(b) over
-    0.001 to 0.1, from which the authors draw them."""
-
-    own_init = True
-
-    def __init__(self, nh):
-        super().__init__()
-        h = torch.arange(nh) + 0.5
-        self.A = nn.Parameter((16 * h / nh).log())
-        step = 0.001 * 100 ** (0.618 * h % 1)  # in another order
-        self.b = nn.Parameter(step.expm1().log())
-
-    def forward(self, x):
-        return -self.A.float().exp()[:, None] * F.softplus(x + self.b.float()[:, None])
 
 
 attention = GatedDeltaNet

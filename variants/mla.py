@@ -6,15 +6,13 @@ as in V2-Lite). Of a token's normed input x (C,), and for each head:
     c = RMSNorm(x W_c)  (latent,)   k^R = rope(x W_k)  (rope,)   both shared by the heads
     k = [c U_k, k^R]    v = c U_v   q = [x W_q, rope(x W_r)]   scores q . k / sqrt(hs + rope)
 
-It buys a small cache: latent + rope numbers a token and layer, by default 4.5 hs, where plain
-attention keeps 2 nh hs. A decoded token, and any short piece on a cache, makes no keys and values:
-U_k moves into the queries, U_v behind the sum, and the heads attend to the latents themselves.
-Pitfalls: that is about four times the multiply-adds of plain attention, for the fewer bytes;
-only the rope part turns, by every (hs / rope)-th angle of the encoding, which for --pos rope are
-the paper's; n_kv_head and qk_norm are refused. `--settings mla.latent=256,mla.rope=32`.
+It buys a small cache: latent + rope numbers a token and layer, by default 4.5 hs; plain attention
+keeps 2 nh hs. Short pieces on a cache, such as a decoded token, need no keys and values: U_k moves
+into the queries, U_v behind the sum, and the heads attend to the latents themselves. Pitfalls: that
+takes about four times the multiply-adds of plain attention; only the rope part turns, by every
+(hs / rope)-th angle of the encoding, for --pos rope the paper's angles; n_kv_head and qk_norm are
+refused. `--settings mla.latent=256,mla.rope=32`.
 """
-
-import math
 
 import torch
 import torch.nn as nn
@@ -26,13 +24,13 @@ from nanoswitch.operators import HeadNorm
 
 
 class MLA(Attention):
-    settings = {"latent": 0, "rope": 0}
+    settings = {"latent": 0, "rope": 0}  # 0: 4 hs, hs / 2
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.latent, self.rope = sizes(config)
-        width = self.nh * (self.hs + self.rope)  # of the queries
-        self.c_attn = nn.Linear(config.n_embd, width + self.latent + self.rope, bias=False)
+        self.widths = self.nh * (self.hs + self.rope), self.latent, self.rope  # of q, c, k^R
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=False)
         self.norm = HeadNorm(self.latent, config.norm_eps, 1)
         self.up = nn.Linear(self.latent, self.nh * 2 * self.hs, bias=False)  # U_k, U_v of each head
 
@@ -41,18 +39,16 @@ class MLA(Attention):
         Attention.check(config)
         if config.n_kv_head != config.n_head or config.qk_norm:
             raise ValueError("mla has heads and a norm of its own: drop n_kv_head and qk_norm")
-        latent, rope = sizes(config)
-        if latent < 1 or rope < 2 or rope % 2 or config.head_size % rope:
+        (latent, rope), hs = sizes(config), config.head_size
+        if latent < 1 or rope < 2 or rope % 2 or hs % rope:
             raise ValueError(
-                f"mla.latent {latent} must be above 0, mla.rope {rope} even and a divisor of the "
-                f"head size {config.head_size}"
+                f"mla.latent is {latent}, mla.rope {rope}; give 1 or more, and an even divisor of "
+                f"the head size, {hs}"
             )
 
     def forward(self, x, rotation, mask, cache=None, carry=None):
-        B, T, C = x.size()
-        widths = (self.nh * (self.hs + self.rope), self.latent, self.rope)
-        q, c, k_rope = self.c_attn(x).split(widths, dim=-1)
-        q = q.view(B, T, self.nh, -1).transpose(1, 2)  # (B, nh, T, hs + rope)
+        q, c, k_rope = self.c_attn(x).split(self.widths, dim=-1)
+        q = q.unflatten(-1, (self.nh, -1)).transpose(1, 2)  # (B, nh, T, hs + rope)
         c, k_rope = self.norm(c)[:, None], k_rope[:, None]  # (B, 1, T, ..)
         if rotation is not None:
             own = [part[:, :: self.hs // self.rope] for part in rotation]  # (T, rope / 2)
@@ -60,10 +56,9 @@ class MLA(Attention):
             k_rope = rotate(k_rope, *own)
         if cache is not None:
             c, k_rope = cache.update(c, k_rope)  # (B, 1, Tk, ..)
-        short = cache is not None and self.hs >= T
-        y = (self.on_latents if short else self.on_heads)(q, c, k_rope, mask)
-        y = self.output(y.transpose(1, 2).reshape(B, T, C), x, carry)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        short = cache is not None and x.size(1) <= self.hs
+        attend = self.on_latents if short else self.on_heads
+        return self.project(attend(q, c, k_rope, mask), x, carry)
 
     def on_heads(self, q, c, k_rope, mask):
         """q (B, nh, T, hs + rope), c (B, 1, Tk, latent), k_rope -> (B, nh, T, hs)."""
@@ -74,11 +69,12 @@ class MLA(Attention):
         return self.kernel(q, k, v, mask, self.dropout * self.training)[..., : self.hs]
 
     def on_latents(self, q, c, k_rope, mask):
+        """on_heads without keys and values of the heads."""
         k_up, v_up = self.up.weight.view(self.nh, 2 * self.hs, -1).type_as(q).chunk(2, dim=1)
         q = torch.cat((q[..., : self.hs] @ k_up, q[..., self.hs :]), dim=-1)
         # the kernel divides by the root of its own size
-        q = q * math.sqrt((self.latent + self.rope) / (self.hs + self.rope))
-        k = torch.cat((c, k_rope), dim=-1).expand(-1, self.nh, -1, -1)  # and the values, its begin
+        q = q * ((self.latent + self.rope) / (self.hs + self.rope)) ** 0.5
+        k = torch.cat((c, k_rope), dim=-1).expand(-1, self.nh, -1, -1)  # its beginning: the values
         y = KERNELS["auto"](q.type_as(k), k, k, mask, 0.0)  # flash has no heads of such size
         return y[..., : self.latent].type_as(v_up) @ v_up.transpose(1, 2)
 

@@ -11,7 +11,7 @@ It buys parameters without FLOPs: mlp_hidden is the width that a token meets, di
 shared experts. b chooses, and weighs nothing. The loads are the whole batch's, over all ranks and
 micro-batches: they travel as b's gradient, whose sign the optimizer takes; `rate` follows lr's
 schedule. Pitfalls: every rank holds all experts; a rounding can send a token to other experts, so
-bf16 differs from fp32 by more than elsewhere; one expert after another but on CUDA in bf16.
+bf16 differs from fp32 by more than elsewhere; the experts run one by one, except on CUDA in bf16.
 """
 
 import copy
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from model import GPT, SwiGLU
 from nanoswitch.device import own_precision
-from nanoswitch.operators import grouped_product
+from nanoswitch.operators import GroupedLinear, WithGradient
 
 
 class MoE(nn.Module):
@@ -37,8 +37,8 @@ class MoE(nn.Module):
         E, self.active, shared = own["experts"], own["active"], own["shared"]
         hidden = math.ceil(config.mlp_hidden / (self.active + shared) / 8) * 8
         self.router, self.balance = nn.Linear(C, E, bias=False), Balance(E, own["rate"])
-        self.c_fc = Experts(E, C, 2 * hidden, self.active / E)
-        self.c_proj = Experts(E, hidden, C, self.active / E)
+        self.c_fc = GroupedLinear(E, C, 2 * hidden, self.active / E)
+        self.c_proj = GroupedLinear(E, hidden, C, self.active / E)
         part = copy.copy(config)
         part.mlp_hidden = shared * hidden
         self.shared = SwiGLU(part) if shared else None
@@ -66,20 +66,6 @@ class MoE(nn.Module):
         return y if self.shared is None else y + self.shared(x)
 
 
-class Experts(nn.Module):
-    """A matrix for each expert."""
-
-    def __init__(self, experts, n_in, n_out, share):
-        super().__init__()
-        self.weight, self.share = nn.Parameter(torch.zeros(experts, n_in, n_out)), share
-
-    def forward(self, x, ends):
-        return grouped_product(x, self.weight.type_as(x), ends)
-
-    def uses(self, T):
-        return self.share
-
-
 class Balance(nn.Module):
     """b. It hands on (N, C), and its gradient is what each expert's load (E,) is above the mean."""
 
@@ -92,20 +78,6 @@ class Balance(nn.Module):
 
     def uses(self, T):
         return 0
-
-
-class WithGradient(torch.autograd.Function):
-    """y as it is; the gradient of bias is `excess`, whatever that of y is."""
-
-    @staticmethod
-    def forward(ctx, y, bias, excess):
-        # a power of 2, so that sums stay exact; and too small to count in the gradients' norm
-        ctx.save_for_backward(excess.type_as(bias) * 2.0**-40)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, *ctx.saved_tensors, None
 
 
 mlp = MoE

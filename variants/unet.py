@@ -20,9 +20,8 @@ class UNet(Residual):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.layer, self.channels = layer, config.n_embd
-        self.partner = (
-            config.n_layer - 1 - layer
-        )  # of the second half: the block whose output it gets
+        # of the second half: the block whose output it gets
+        self.partner = config.n_layer - 1 - layer
         self.gives = layer < config.n_layer // 2
         start = config.own_settings["unet"]["start"]
         takes = self.partner < config.n_layer // 2

@@ -256,6 +256,11 @@ def has_bias(kind):
     return (kind if isinstance(kind, type) else type(kind)).bias is not NoPosition.bias
 
 
+def learns_bias(encoding):
+    """Whether what an encoding adds to the attention scores has weights."""
+    return has_bias(encoding) and len(list(encoding.parameters())) > 0
+
+
 class Learned(NoPosition):
     """A trained vector per position (GPT-2): none exist beyond block_size."""
 
@@ -482,8 +487,7 @@ class Attention(nn.Module):
         (B, T) of the queries and (B, Tk) of the keys, if attention keeps within them."""
         bias, T = wpe.bias if has_bias(wpe) else None, len(pos)
         masked = 0 < self.window < T or docs is not None
-        learned = bias is not None and len(list(wpe.parameters())) > 0
-        flex = cache is None and takes_flex(self, pos, masked, learned)
+        flex = cache is None and takes_flex(self, pos, masked, learns_bias(wpe))
         k_pos = pos if cache is None else cache.ring.k_pos
         if k_pos is pos and 0 < self.window < T and not flex:
             return window_masks(pos, self.window, bias, docs and docs[0])

@@ -3,6 +3,9 @@
 import numpy as np
 import torch
 
+from model import learns_bias
+from nanoswitch.kernels import chooses_flex
+
 # Inductor's. Left on, it keeps loops apart where one is over (B, T, C) and the other over (B T, C),
 # and so the cast of a gradient is a kernel of its own, which reads all of it again
 CUDA_OPTIONS = {"loop_ordering_after_fusion": False}
@@ -22,10 +25,8 @@ def compiled(trainer):
     wanted = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
     if not wanted or device.type == "mps":
         return trainer.model
-    model_config = trainer.model_config
-    masked = model_config.window or model_config.document_mask
-    # FlexAttention, which a card then takes where it may choose, is the hardest part to compile
-    flexes = masked and model_config.attention_kernel == "auto" and device.type == "cuda"
+    # FlexAttention is the hardest part to compile
+    flexes = device.type == "cuda" and flex_layers(trainer.model)
     for what in ("FlexAttention", "it") if flexes else ("it",):
         forward = compile_model(trainer.model, device)
         problem = failure(trainer, forward)
@@ -36,6 +37,19 @@ def compiled(trainer):
         for block in trainer.model.transformer.h:
             block.attn.may_flex = False
     return trainer.model
+
+
+def flex_layers(model):
+    """Whether a layer takes FlexAttention on a card where it may choose."""
+    layers = zip(model.transformer.h, model.encoded_by, strict=True)
+    return any(
+        chooses_flex(
+            block.attn,
+            masked=block.attn.window or model.config.document_mask,
+            learned=learns_bias(model.encodings[pos]),
+        )
+        for block, pos in layers
+    )
 
 
 def failure(trainer, forward):

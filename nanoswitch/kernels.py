@@ -136,15 +136,18 @@ def sdpa_math(q, k, v, mask, dropout):
 
 
 def takes_flex(attn, pos, masked, learned):
-    """Whether FlexAttention serves an Attention from positions pos: by name; or, where the choice
-    is free, for what is masked (a window, documents) inside a compiled graph on a card, for it
-    alone skips that there. It has no dropout and no heads below 16, and would add up the gradient
-    of a learned bias score by score."""
-    if attn.kernel is flex:
-        return True
+    """Whether FlexAttention serves an Attention from positions pos: by name, or by choice inside a
+    compiled graph on a card."""
     compiled = pos.is_cuda and torch.compiler.is_compiling() and len(pos) >= BLOCK
+    return attn.kernel is flex or (compiled and chooses_flex(attn, masked, learned))
+
+
+def chooses_flex(attn, masked, learned):
+    """Whether an Attention whose kernel is auto takes FlexAttention in a compiled graph on a card:
+    for what is masked (a window, documents), which it alone skips there. It has no dropout and no
+    heads below 16, and would add up the gradient of a learned bias score by score."""
     free = attn.kernel is sdpa and attn.may_flex and attn.hs >= 16 and not attn.dropout
-    return compiled and free and masked and not learned
+    return bool(free and masked and not learned)
 
 
 def flex(q, k, v, mask, dropout):

@@ -35,6 +35,7 @@ from nanoswitch.files import write_beside
 from nanoswitch.load import load_model
 from nanoswitch.log import provenance
 from nanoswitch.registry import flags_of, place_in_variant, unknown, variants
+from nanoswitch.weights import grown
 from train_gpt2 import TrainConfig, Trainer, train
 
 ROOT = Path(__file__).parent.parent
@@ -82,20 +83,6 @@ def noted(refused):
         yield
     except ValueError as error:
         refused[str(error)] = None
-
-
-def grown(config, std=0.3):
-    """A model in eval mode whose weights are far from their initial values, so that attention is
-    far from uniform and nothing is negligible."""
-    torch.manual_seed(0)
-    model = GPT(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() < 2 or ".wpe" in name:
-                p.add_(torch.randn_like(p), alpha=std)
-            else:
-                p.normal_(0, std)
-    return model.eval()
 
 
 def tokens(B, T, seed=1):

@@ -1,4 +1,4 @@
-"""Weights in files, and a model to hold them."""
+"""Weights in files, a model to hold them, and weights to test one with."""
 
 import os
 import pickle
@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from model import GPT
 from nanoswitch.counts import allocated, on_meta
 from nanoswitch.files import first_line, pointer_hint
 
@@ -96,3 +97,25 @@ def fill(model, weights, origin):
             raise ValueError(f"{origin}: {name} holds nan or infinity; take an older checkpoint")
     model.load_state_dict(weights)
     return model
+
+
+# ----------------------------------------------------------------------------- to test with
+
+
+def grown(config, std=0.3, seed=0):
+    """A GPT in eval mode whose weights are large enough for attention to be far from uniform."""
+    torch.manual_seed(seed)
+    return shake(GPT(config), std, seed)
+
+
+def shake(model, std=0.3, seed=0):
+    """Draw weights far from the initial ones, so that no bias, norm or score is negligible: biases
+    are not 0, norm weights not 1. Position parameters stay near their initial values."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() < 2 or ".wpe" in name:
+                p.add_(torch.randn_like(p), alpha=std)
+            else:
+                p.normal_(0, std)
+    return model.eval()

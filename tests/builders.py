@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model import GPT, POSITIONS, GPTConfig
+from model import POSITIONS, GPTConfig
 from nanoswitch import cli
+from nanoswitch.weights import grown, shake
+
+__all__ = ["grown", "shake"]  # for the test files, beside what is made here
 
 SIZES = dict(block_size=24, vocab_size=61, vocab_used=53, n_layer=2, n_head=4, n_embd=16)
 END = 52  # the end-of-text id of this vocabulary
@@ -37,25 +40,6 @@ MASKS = [
 
 def tiny(**changes):
     return GPTConfig(**SIZES | changes)
-
-
-def shake(model, std=0.3, seed=0):
-    """Draw weights far from the initial ones, so that no bias, norm or score is negligible: biases
-    are not 0, norm weights not 1. Position parameters stay near their initial values."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() < 2 or ".wpe." in name:
-                p.add_(torch.randn_like(p), alpha=std)
-            else:
-                p.normal_(0, std)
-    return model.eval()
-
-
-def grown(config, std=0.3, seed=0):
-    """A model whose weights are large enough for attention to be far from uniform."""
-    torch.manual_seed(seed)
-    return shake(GPT(config), std, seed)
 
 
 def rig(model, logits):

@@ -114,15 +114,20 @@ def bare_switch(argv, name):
     return argv
 
 
-def read_toml(path):
-    """A config file -> [(origin, name, value as text)]."""
+def load_toml(path):
+    """A TOML file -> its table."""
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         fail(f"cannot read config {path}: {error.strerror or error}", status=2)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         fail(f"{path} is not a TOML config: {error}{pointer_hint(path)}", status=2)
+
+
+def read_toml(path):
+    """A config file -> [(origin, name, value as text)]."""
+    table = load_toml(path)
     for name, value in table.items():
         if isinstance(value, (dict, list)):
             fail(f"{path}: '{name}' must be one value, not a table or list", status=2)

@@ -12,7 +12,6 @@ of the draws, widened by Student's t of n - 1 degrees of freedom.
 """
 
 import dataclasses
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -231,12 +230,7 @@ DECIDED = {"n_layer", "n_head", "n_embd", "max_steps", "warmup_steps"}  # by the
 
 def read_rule(path):
     """A ladder file -> its Rule; one line for what is wrong with it."""
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read ladder {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from None
+    table = cli.load_toml(path)
     kinds = {f.name: type(f.default) for f in dataclasses.fields(Rule) if f.name != "flags"}
     flags = {f.name for c in (GPTConfig, TrainConfig) for f in dataclasses.fields(c)}
     for name, value in table.items():

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from nanoswitch.cache import KVCache
 from nanoswitch.kernels import ANY_LENGTH
+from nanoswitch.loss import logit_losses
 from nanoswitch.tokenizer import N_VOCAB, trained_vocabulary
 
 
@@ -187,10 +188,11 @@ def summed_losses(model, x, targets):
 def losses_and_greedy(model, x, targets):
     """Of each row (its summed loss, whether every target is its position's most probable id)."""
     wanted = targets >= 0
-    logits = model.logits(model.as_products(x[wanted]))[:, : model.config.vocab_used]
-    hits = torch.ones_like(wanted)
-    hits[wanted] = logits.argmax(1) == targets[wanted]
-    return list(zip(summed_losses(model, x, targets), hits.all(1).tolist(), strict=True))
+    logits = model.logits(model.as_products(x[wanted]))  # (N, V)
+    hits, losses = torch.ones_like(wanted), torch.zeros(targets.shape, device=x.device)
+    hits[wanted] = logits[:, : model.config.vocab_used].argmax(1) == targets[wanted]
+    losses[wanted] = logit_losses(logits, targets[wanted])  # which writes over the logits
+    return list(zip(losses.sum(1).tolist(), hits.all(1).tolist(), strict=True))
 
 
 ALIKE = 8  # contexts in a batch differ by less than so many tokens, which every ending repeats

@@ -114,6 +114,24 @@ def test_greedy_words_of_several_tokens_count_only_whole():
         assert found["acc_se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 11))
 
 
+@torch.no_grad()
+def test_words_cost_one_product_of_the_head(monkeypatch):
+    """Over 50,304 rows it is most of a small model's work: loss and greedy word share it."""
+    rows, linear = [], F.linear
+
+    def counted(x, weight, bias=None):
+        rows.append(x.numel() // x.size(-1) if len(weight) == 50304 else 0)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", counted)
+    examples = tasks.tokenize_items([
+        {"context": "He gave it to", "answers": ["Harlin"], "label": 0},
+        {"context": "Who", "answers": ["barks"], "label": 0},
+    ])  # fmt: skip
+    score_words(scorer(logit_softcap=2.0), examples)
+    assert sum(rows) == sum(row.scored for example in examples for row in example.rows)
+
+
 def test_command_with_versus_chance_and_cut_items(tmp_path, capsys):
     """The paired error is that of the differences: SciPy's t statistic gives it back."""
     data = write_jsonl(tmp_path / "items.jsonl", RECORDS["arc_easy"] * 4 + [HUB_ARC] * 3)

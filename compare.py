@@ -42,7 +42,16 @@ from nanoswitch.log import LOSSES, read_run
 from nanoswitch.progress import clock, markdown, short
 from nanoswitch.report import page
 from nanoswitch.scoring import NAMES, add_up, at_chance, error_name, summarize
-from nanoswitch.study import MUST_AGREE, Study, check_fair, merge, name_of, read_entries, show_plan
+from nanoswitch.study import (
+    MUST_AGREE,
+    Study,
+    check_fair,
+    merge,
+    metric_of,
+    name_of,
+    read_entries,
+    show_plan,
+)
 from nanoswitch.sweep import INCIDENTAL
 from train_gpt2 import TrainConfig
 
@@ -76,7 +85,8 @@ class CompareConfig:
     tune_frac: float = 0.25
     """fraction of the steps that a run of the search takes"""
     resolve: float = 0.0
-    """nats; add seeds to the first and a row in pairs until its interval is narrower"""
+    """nats, between vocabularies bits per byte; add seeds to the first and a row in pairs until its
+    interval is narrower"""
     max_seeds: int = 12
     """the most seeds that --resolve gives a config"""
     plan: bool = False
@@ -181,12 +191,6 @@ VERSIONS = {  # of a Run: what may have changed the numbers between two sittings
     "torch": lambda run: run.start.get("versions", {}).get("torch", "").partition("+")[0],
     "commit": lambda run: run.start.get("git"),
 }
-
-
-def metric_of(groups):
-    """What {name: Runs} are compared by: nats of two vocabularies are not the same."""
-    vocabularies = {run.config.get("vocab_used") for runs in groups.values() for run in runs}
-    return "val_bpb" if len(vocabularies) > 1 else "val_loss"
 
 
 def summary(runs):

@@ -190,6 +190,19 @@ def learning_rate(step, config, max_steps):
     return config.lr * (config.min_lr_frac + (1 - config.min_lr_frac) * height)
 
 
+def count_steps(config, train):
+    """The updates of a run on Windows: max_steps, or one epoch of them. ValueError where they are
+    fewer than a batch."""
+    epoch = train.count * train.T / config.total_batch_tokens  # the last one may wrap around
+    steps = config.max_steps or (round(epoch) if epoch >= 1 else 0)
+    if not steps:
+        raise ValueError(
+            f"{config.data_dir} has {train.tokens:,} train tokens, fewer than one batch of "
+            f"{config.total_batch_tokens:,}; lower --total_batch_tokens"
+        )
+    return steps
+
+
 # ----------------------------------------------------------------------------- the plan
 
 
@@ -222,13 +235,7 @@ class Plan:
         self.train = open_windows(config.data_dir, "train", c)
         self.val = open_windows(config.data_dir, "val", c)
         self.batch_windows = self.count_batch_windows()
-        epoch = self.train.count / self.batch_windows  # in steps; the last one may wrap around
-        self.max_steps = config.max_steps or (round(epoch) if epoch >= 1 else 0)
-        if not self.max_steps:
-            raise ValueError(
-                f"{config.data_dir} has {self.train.tokens:,} train tokens, fewer than one batch "
-                f"of {config.total_batch_tokens:,}; lower --total_batch_tokens"
-            )
+        self.max_steps = count_steps(config, self.train)
 
     def check_memory(self, need):
         """ValueError where a rank needs more bytes than its card or machine has."""

@@ -23,7 +23,8 @@ from nanoswitch.tracker import TRACKERS
 
 MAX_SKIPPED = 5  # steps in a row without a finite loss and gradient before a run gives up
 ITEMS = "hellaswag_items.safetensors"  # beside log.jsonl
-DIVERGED_MARK = "diverged"  # beside it too: the mark that tune.py leaves
+DIVERGED_MARK = "diverged"  # beside it too: the mark that sweep.py leaves
+DIVERGED = "NaN or infinite"  # what such a run's last words hold
 LOSSES = {"val_loss": "validation loss", "val_bpb": "bits per byte"}  # in the words of a table
 SPIKE = 5.0  # standard deviations above the mean of the last 100 losses
 
@@ -109,7 +110,7 @@ class Log:
         latest = self.run / "latest"
         where = f"{self.run / latest.read_text().strip()} is whole" if latest.exists() else ""
         raise ValueError(
-            f"the loss or gradient was NaN or infinite {self.skipped} steps in a row; "
+            f"the loss or gradient was {DIVERGED} {self.skipped} steps in a row; "
             f"{where or 'there is no checkpoint yet'}: run again with a lower --lr, a longer "
             f"--warmup_steps or --grad_clip 1"
         )

@@ -18,13 +18,13 @@ from nanoswitch import stats, surgery, tune
 from nanoswitch.cards import named_card
 from nanoswitch.counts import flops_per_token, num_params, on_meta
 from nanoswitch.device import matrix_rate, pick_device, pick_dtype
-from nanoswitch.log import read_run
+from nanoswitch.log import DIVERGED, read_run
 from nanoswitch.progress import clock, short
 from nanoswitch.shards import load_shards, val_text
 from nanoswitch.sweep import Job, check_seen, sweep
 from nanoswitch.tokenizer import N_VOCAB
 from nanoswitch.windows import Windows, data_sha256
-from train_gpt2 import TrainConfig, read_flags
+from train_gpt2 import TrainConfig, count_steps, read_flags
 
 OF_TOKENS = ("vocab_used", "val_tokens", "data_dir", "data")  # differ between vocabularies
 SPLITS = ("train", "val")
@@ -122,8 +122,9 @@ def match_parameters(path, argv, wanted):
     def count(hidden):
         return num_params(model_of(flat([*argv, f"--mlp_hidden={hidden}"])))
 
-    each = count(2) - count(1)  # the count is a straight line
-    exact = 1 + (wanted - count(1)) / each
+    # the count is a straight line; of experts, whose widths are rounded, a staircase
+    each = (count(4096) - count(2048)) / 2048
+    exact = 2048 + (wanted - count(2048)) / each
     for unit in (64, 8, 1):  # round widths are faster
         hidden = round(exact / unit) * unit
         if hidden > 0 and abs(count(hidden) / wanted - 1) < 0.01:
@@ -158,7 +159,7 @@ class Study:
 
     def try_out(self, jobs):
         """train() for a search, where a value that diverges is an answer and no failure."""
-        self.failed += [line for line in self.sweep(jobs) if tune.DIVERGED not in line]
+        self.failed += [line for line in self.sweep(jobs) if DIVERGED not in line]
 
     def places(self, tuned):
         """-> {name: (Entry, folder of its seeds)}"""
@@ -228,7 +229,8 @@ class Study:
         config, first = self.config, self.entries[0].name
         tuned = bool(self.tuned)
         while not self.failed:
-            losses = final_losses(self.groups(tuned))
+            groups = self.groups(tuned)
+            losses = final_losses(groups, metric_of(groups))
             if any(set(losses[name]) != set(self.seeds[name]) for name in losses):
                 return  # not all are finished
             rows = stats.against_first(losses, pool=config.noise == "pooled")["rows"]
@@ -316,21 +318,26 @@ def merge(out, other, entries):
     return taken
 
 
-def final_losses(groups):
-    """{name: Runs} -> {name: {seed: validation loss}} of those that are finished."""
+def metric_of(groups):
+    """What {name: Runs} are compared by: nats of two vocabularies are not the same."""
+    vocabularies = {run.config.get("vocab_used") for runs in groups.values() for run in runs}
+    return "val_bpb" if len(vocabularies) > 1 else "val_loss"
+
+
+def final_losses(groups, metric="val_loss"):
+    """{name: Runs} -> {name: {seed: last value of the metric}} of those that are finished."""
     return {
-        name: {run.seed: run.last("val_loss") for run in runs if run.finished}
+        name: {run.seed: run.last(metric) for run in runs if run.finished}
         for name, runs in groups.items()
     }
 
 
 def steps_of(flags):
     """The optimizer steps of a run with these flags."""
-    if flags["max_steps"]:
+    if flags["max_steps"]:  # then the data may be elsewhere
         return flags["max_steps"]
-    tokens = sum(map(len, load_shards(flags["data_dir"], "train")))
-    windows = (tokens - 1) // flags["block_size"]
-    return max(1, round(windows * flags["block_size"] / flags["total_batch_tokens"]))
+    train = Windows(load_shards(flags["data_dir"], "train"), flags["block_size"])
+    return count_steps(config_of(TrainConfig, flags), train)
 
 
 # ----------------------------------------------------------------------------- the plan
@@ -421,5 +428,9 @@ def resolved(config, study):
 
 
 def model_of(flags):
-    names = GPTConfig.__dataclass_fields__
-    return GPTConfig(**{name: value for name, value in flags.items() if name in names})
+    return config_of(GPTConfig, flags)
+
+
+def config_of(kind, flags):
+    """{flag: value} of all flags -> the GPTConfig or TrainConfig."""
+    return kind(**{name: flags[name] for name in kind.__dataclass_fields__ if name in flags})

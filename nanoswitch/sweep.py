@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from nanoswitch import checkpoints
-from nanoswitch.log import read_run
+from nanoswitch.log import DIVERGED, DIVERGED_MARK, read_run
 from nanoswitch.signals import StopSignal
 
 INCIDENTAL = {  # where and how a run was done, not what it computes
@@ -116,7 +116,10 @@ def sweep(jobs, at_once):
                 elif busy(job.folder):
                     waiting.append(job)  # another process was a moment faster
                 else:
-                    failed.append(f"{job.folder}: {last_line(job.folder / 'output.txt')}")
+                    why = last_line(job.folder / "output.txt")
+                    if DIVERGED in why:
+                        (job.folder / DIVERGED_MARK).touch()
+                    failed.append(f"{job.folder}: {why}")
                     tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
             if time.monotonic() - looked > 2:
                 for job in jobs:

@@ -5,12 +5,11 @@ run folder, and the rule reads nothing but their logs."""
 import math
 from dataclasses import dataclass, field
 
-from nanoswitch.log import DIVERGED_MARK
+from nanoswitch.log import DIVERGED, DIVERGED_MARK
 from nanoswitch.sweep import last_line
 
 STEP = math.sqrt(2)
 MOST = 13  # values of one config: factors of 64 in all
-DIVERGED = "NaN or infinite"  # what train_gpt2.py says of it
 
 
 @dataclass
@@ -62,12 +61,8 @@ def loss_of(job):
     run = job.run()
     if run and run.finished:
         return run.last("val_loss")
-    marker = job.folder / DIVERGED_MARK
-    if not marker.exists():
-        if DIVERGED not in last_line(job.folder / "output.txt"):
-            return None
-        marker.touch()  # so that it is not tried again
-    return math.inf
+    marked = (job.folder / DIVERGED_MARK).exists()  # what it said stays on the machine that ran it
+    return math.inf if marked or DIVERGED in last_line(job.folder / "output.txt") else None
 
 
 def search(searches, train):

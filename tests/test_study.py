@@ -11,6 +11,7 @@ from scipy.stats import nct, t
 from test_compare import command
 from tiny_runs import make_data, trainer
 
+from model import GPT, GPTConfig
 from nanoswitch import study
 
 BEST = {"a": 0.0012, "b": 0.0003}  # each config's best rate
@@ -31,7 +32,9 @@ class Trainer:
             steps, (parameters, losses) = job.config["max_steps"], self.result(job)
             start = {"event": "start", "step": 0, "config": job.config, "parameters": parameters}
             start |= {"steps": steps} | job.seen | self.start
-            lines = [start, *({"step": step, "val_loss": loss} for step, loss in losses.items())]
+            lines = [start]
+            for step, loss in losses.items():
+                lines.append({"step": step, "val_loss": loss, "val_bpb": loss / 100})
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (job.folder / "log.jsonl").write_text(text)
         return []
@@ -170,6 +173,19 @@ def test_a_run_says_what_the_study_expects_of_it(tmp_path):
     assert seen == {"data_sha256": made.data_sha256, "dtype": str(made.dtype)[6:]}
 
 
+@pytest.mark.parametrize("batch, steps", [(64, None), (2**20, "fewer than one batch of 1,048,576")])
+def test_a_plan_counts_an_epoch_as_a_run_does(run, tmp_path, batch, steps):
+    """Where the data is less than a batch, a run ends at once: so does its plan."""
+    make_data(data := tmp_path / "data")
+    flags = ["--max_steps", 0, "--block_size", 16, "--total_batch_tokens", batch, "--plan"]
+    done, _ = run(*flags, "--data_dir", data, "--sd", 0.01, fails=bool(steps))
+    if steps:
+        assert steps in done.stderr and done.stderr.count("\n") == 1
+        return
+    made = trainer(data, tmp_path / "run", max_steps=0, block_size=16, total_batch_tokens=batch)
+    assert f"tokens    {2 * made.max_steps * batch / 1e3:.3g}k\n" in done.stdout
+
+
 @pytest.mark.parametrize("width, limit", [(0.1, 12), (0.001, 5)])
 def test_seeds_are_added_in_pairs_until_the_interval_is_narrow(run, tmp_path, width, limit):
     _, trainer = run("--seeds", 2, "--resolve", width, "--max_seeds", limit)
@@ -183,6 +199,26 @@ def test_seeds_are_added_in_pairs_until_the_interval_is_narrow(run, tmp_path, wi
     _, again = run("--seeds", len(a["seeds"]) - 1, "--report_only")
     low, high = read(tmp_path)["configs"]["b"]["diff"]["ci95"]
     assert high - low >= width and not again.trained
+
+
+def test_between_vocabularies_intervals_are_of_bits_per_byte(run, tmp_path, monkeypatch):
+    """As the table's are: they are narrow at once where a byte's spread is a hundredth of a nat."""
+    monkeypatch.setattr(study, "text_of", lambda flags: "the same")
+    (tmp_path / "b.toml").write_text("n_layer = 1\nn_head = 2\nn_embd = 8\nvocab_used = 50256\n")
+    argv = ["--seeds", 2, "--resolve", 0.1, "--max_seeds", 4]
+    _, trainer = run(*argv, trainer=Trainer(val_text_sha256="the same"))
+    assert read(tmp_path)["metric"] == "val_bpb"
+    assert read(tmp_path)["configs"]["b"]["diff"]["more_seeds"] == 0
+    assert len(trainer.trained) == 4
+
+
+def test_experts_are_matched_in_parameters_though_their_widths_are_rounded():
+    sizes = dict(n_layer=2, n_head=2, n_embd=64, vocab_size=64, vocab_used=64, block_size=16)
+    argv = [f"--{name}={value}" for name, value in sizes.items()]
+    wanted = GPT(GPTConfig(**sizes, mlp_hidden=1024)).num_params()
+    hidden = study.match_parameters("moe.toml", [*argv, "--mlp=moe"], wanted)
+    found = GPT(GPTConfig(**sizes, mlp="moe", mlp_hidden=hidden)).num_params()
+    assert found == pytest.approx(wanted, rel=0.01)
 
 
 def test_a_plan_trains_nothing_and_counts_what_will_be(run, tmp_path):

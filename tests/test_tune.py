@@ -2,11 +2,13 @@
 
 import itertools
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from nanoswitch import tune
+from nanoswitch import sweep, tune
 
 
 class FakeJob:
@@ -91,8 +93,25 @@ def test_a_rate_that_diverges_is_worst_and_is_not_tried_again(tmp_path):
     for _ in range(2):
         found = searches(tmp_path, trained := [], a=loss)
         tune.search(found, train)
+        assert [path.name for path in tmp_path.rglob("diverged")] == []  # to look leaves no mark
     assert not trained and found["a"].result()["losses"][0.00141] is None
     assert found["a"].result()["best"] == pytest.approx(0.0003, rel=0.2)
+
+
+def test_a_run_that_diverges_is_marked_by_what_trained_it(tmp_path, monkeypatch):
+    """And a copy of its folder without its output is known by the mark."""
+    words = "the loss or gradient was NaN or infinite 5 steps in a row"
+    code = f"import sys; sys.exit('error: {words}')"
+
+    def start(job, at_once):
+        with open(job.folder / "output.txt", "w") as output:
+            job.process = subprocess.Popen([sys.executable, "-c", code], stderr=output)
+
+    monkeypatch.setattr(sweep, "start", start)
+    job = sweep.Job("a", tmp_path / "run", [], {})
+    assert sweep.sweep([job], 1) == [f"{job.folder}: error: {words}"]
+    (job.folder / "output.txt").unlink()
+    assert tune.loss_of(job) == math.inf
 
 
 def test_whole_numbers_and_edges_end(tmp_path):

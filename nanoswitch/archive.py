@@ -63,7 +63,8 @@ def main():
             continue
         place = out / log.parent.relative_to(source)
         place.mkdir(parents=True, exist_ok=True)
-        lines = thin(log.read_text(encoding="utf-8").splitlines(), config.every)
+        *lines, _ = log.read_text(encoding="utf-8").split("\n")  # the last one may be half there
+        lines = thin([line for line in lines if line], config.every)
         with write_beside(str(place / "log.jsonl")) as file:
             file.write("".join(f"{line}\n" for line in lines).encode())
         for name in ALSO:

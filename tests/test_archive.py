@@ -17,6 +17,8 @@ def test_a_copy_gives_the_same_table(tmp_path, monkeypatch):
         speeds = [50.0, 20.0, 40.0, 80.0, 30.0, 60.0, 10.0]
         folder = write_run(tmp_path / "a" / name, {3: loss + 1, 7: loss}, 1, speeds, steps=7)
         (folder / "model.safetensors").write_bytes(bytes(1000))
+        with open(folder / "log.jsonl", "a") as log:
+            log.write('{"step": 7, "samp')  # a kill left it half written
     write_run(tmp_path / "a" / "half", {3: 4.0}, 1, [1.0] * 3, steps=7)
     assert run_main(archive.main, tmp_path / "a", "--out", tmp_path / "b", "--every", 3) == 0
     found = sorted(p.relative_to(tmp_path / "b").as_posix() for p in tmp_path.glob("b/**/*.*"))

@@ -87,10 +87,11 @@ def markdown(head, rows):
 
 
 def short(number):
-    """1234567 -> 1.23M, 65432 -> 65.4k: three digits that fit a progress line."""
-    for size, unit in ((1e6, "M"), (1e3, "k")):
+    """1234567 -> 1.23M, 65432 -> 65.4k: three digits that fit a progress line; B for billions."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * size:
-            return f"{number / size:.3g}{unit}"
+            number /= size
+            return f"{number:.3g}{unit}" if number < 999.5 else f"{number:.0f}{unit}"
     return f"{number:.0f}"
 
 

@@ -49,7 +49,7 @@ for (const table of document.querySelectorAll("table.sortable"))
   });
 """
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}  # progress.short's
 
 
 def key(text):
@@ -59,7 +59,7 @@ def key(text):
         return "1e300"
     if re.fullmatch(r"(\d+[dhms])+", text):
         return str(sum(int(n) * SECONDS[u] for n, u in re.findall(r"(\d+)([dhms])", text)))
-    number = re.match(r"[+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?(?=([kMG]?)(?:\s|$))", text)
+    number = re.match(r"[+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?(?=([kMB]?)(?:\s|$))", text)
     if not number:
         return text
     return repr(float(number[0].replace(",", "")) * UNITS[number[1]])

@@ -464,7 +464,17 @@ def test_times_show_their_two_largest_units(seconds, shown):
 
 @pytest.mark.parametrize(
     "number, shown",
-    [(999, "999"), (999.7, "1k"), (65_432, "65.4k"), (999_990, "1M"), (1_234_567, "1.23M")],
+    [
+        (999, "999"),
+        (999.7, "1k"),
+        (65_432, "65.4k"),
+        (999_990, "1M"),
+        (1_234_567, "1.23M"),
+        (999_900_000, "1B"),
+        (2_673_868_800, "2.67B"),
+        (10**10, "10B"),
+        (15 * 10**12, "15000B"),
+    ],
 )
 def test_short_numbers_have_three_digits(number, shown):
     assert progress.short(number) == shown

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import statistics
 import sys
 import time
@@ -128,7 +129,7 @@ def peak_flops(device):
     name = torch.cuda.get_device_name(device)
     if name.endswith((" Ti", " D", "Laptop GPU")):  # other cards under the same name
         return None
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+    return next((peak for card, peak in PEAK_FLOPS.items() if re.search(rf"{card}\b", name)), None)
 
 
 def to_device(x, device):

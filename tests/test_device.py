@@ -45,6 +45,8 @@ print(*faults)
         ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA GeForce RTX 3090", 71e12),
         ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 5090", 209e12), ("Tesla V100-SXM2-16GB", None),
+        ("NVIDIA H200", 989e12), ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA RTX A1000", None), ("NVIDIA T400 4GB", None),
     ],
 )  # fmt: skip
 def test_a_cards_peak_is_that_of_its_data_sheet(monkeypatch, name, peak):

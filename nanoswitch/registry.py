@@ -105,11 +105,13 @@ def read_settings(text, used):
         keys = result.get(name, {})
         if key not in keys:
             known = [f"{name}.{key}" for name, own in result.items() for key in own]
-            near = ", ".join(known) or "none: no variant in use has settings"
-            raise ValueError(f"settings '{place.strip()}' is none of: {near}")
+            near = f"is none of: {', '.join(known)}" if known else "fits no variant that is in use"
+            raise ValueError(f"settings '{place.strip()}' {near}")
         kind = type(keys[key])
         try:
             keys[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise ValueError(f"settings {place.strip()} is '{value}', no {kind.__name__}") from None
+        if not abs(keys[key]) < 2**63:  # nan neither
+            raise ValueError(f"settings {place.strip()} is {value}; it must be below 2**63")
     return result

@@ -86,12 +86,19 @@ def test_settings_are_read_by_name_and_type():
         ("template.strat=1", ["template.strat", "template.start"]),
         ("gated.per_head=true", ["gated.per_head", "template.start"]),
         ("template.start=much", ["template.start", "much", "float"]),
+        ("template.start=nan", ["template.start", "nan", "below 2**63"]),
+        ("template.start=-inf", ["template.start", "-inf", "below 2**63"]),
         ("start", ["start", "NAME.KEY=VALUE"]),
     ],
 )
 def test_settings_that_are_wrong_are_one_line(text, words):
     with refused(*words):
         tiny(attention="template", settings=text)
+
+
+def test_settings_without_their_variant_are_one_line():
+    with refused("'canon.width' fits no variant that is in use"):
+        tiny(settings="canon.width=3")
 
 
 def test_a_template_that_starts_at_one_is_the_baseline():

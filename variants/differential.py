@@ -34,7 +34,7 @@ class Differential(Attention):
     def check(config):
         Attention.check(config)
         if config.n_kv_head % 2:
-            raise ValueError(f"differential pairs heads: n_kv_head {config.n_kv_head} is odd")
+            raise ValueError(f"differential pairs heads: n_kv_head {config.n_kv_head} must be even")
 
     def attend(self, q, k, v, mask, cache, x):
         k, dropout, halves = self.share(k), self.dropout * self.training, []

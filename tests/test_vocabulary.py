@@ -303,6 +303,8 @@ REFUSED = [
     ({"vocab_used": 50257, "vocab_size": 50304}, "data holds ids of a vocabulary of 512: give "
      "--vocab_used 512 --vocab_size 512"),
     ({"vocab_used": 511}, "data holds ids of a vocabulary of 512: give --vocab_used 512"),
+    # the default: nothing would decode what it learns, and no document would end
+    ({"vocab_used": 50257}, "data holds ids of a vocabulary of 512: give --vocab_used 512"),
     ({"vocab_size": 500}, "vocab_size 500 is smaller than the shards' vocabulary of 512 ids"),
     ({"data_dir": "WHOLE"}, "vocab_size 512 is smaller than the shards' vocabulary of 50257"),
     ({"data_dir": "WHOLE", "vocab_size": 50304}, "holds ids of a vocabulary of 50257: give "

@@ -705,7 +705,7 @@ WORKS = {
 def table(rows):
     cells = [["work", "metric", "ours", "peer", "ratio"]]
     for r in rows:
-        numbers = [f"{r[key]:,.3g}" if r[key] else "-" for key in ("ours", "peer", "ratio")]
+        numbers = [first_card.number(r[key]) or "-" for key in ("ours", "peer", "ratio")]
         cells.append([r["work"], r["metric"], *numbers])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]

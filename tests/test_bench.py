@@ -83,6 +83,17 @@ def test_train_gives_rows_in_the_documented_form(peer, tmp_path, monkeypatch):
     assert not (tmp_path / "canary").exists()  # only its imports, classes and functions were
 
 
+def test_a_table_shows_large_figures_in_full():
+    row = dict(work="train", machine="a card", rounds=5, versions={"torch": "2", "peer": None})
+    rows = [row | dict(metric="tokens/s", ours=1040.4, peer=521.25, ratio=1.996)]
+    rows.append(row | dict(metric="s", ours=0.52, peer=None, ratio=None))
+    lines = [line.split() for line in bench.table(rows).splitlines()[1:3]]
+    assert lines == [
+        ["train", "tokens/s", "1,040", "521.2", "1.996"],
+        ["train", "s", "0.52", "-", "-"],
+    ]
+
+
 def test_sides_that_disagree_are_not_timed(peer, capsys):
     with pytest.raises(ValueError, match=r"differ in the loss .* nothing was timed"):
         run("train", f"--peer={peer(error=0.01)}", "--micro_batch=2")

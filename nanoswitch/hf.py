@@ -283,7 +283,7 @@ def load(folder):
 def read_config(folder):
     """config.json -> GPTConfig and Layout."""
     hf = read_json(folder / "config.json")
-    kind = hf.get("model_type") if isinstance(hf, dict) else None
+    kind = hf.get("model_type")
     layouts = LAYOUTS | READ_ONLY
     if kind not in layouts:
         reason = f", for {REFUSED[kind]}" if kind in REFUSED else ""

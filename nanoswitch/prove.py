@@ -260,13 +260,13 @@ def counted(choice, made):
             tried.append(GPTConfig(**SIZES | changes | choice))
     assert tried, next(iter(refused))
     for config in tried:
-        model, meta = GPT(config).eval(), counts.on_meta(config)
+        model = GPT(config).eval()
         real = sum(p.numel() for p in model.parameters())
         assert counts.num_params(config) == real, "parameters differ from the real model's"
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, T, dtype=torch.int64))
-        found, claimed = counter.get_total_flops() / 2 / T, matrix_work(meta, T)
-        apart = claimed - matrix_work(counts.on_meta(config), T, linear_only=True)
+        found, claimed = counter.get_total_flops() / 2 / T, matrix_work(config, T)
+        apart = claimed - matrix_work(config, T, linear_only=True)
         low, high = found * 0.999, found * 1.001 + apart
         assert low <= claimed <= high, (
             f"the matrix products of a token take {found:,.0f} multiply-adds, and it counts "
@@ -277,14 +277,15 @@ def counted(choice, made):
             model.features(torch.zeros(1, T, dtype=torch.int64), cache)
         held = [t for layer in cache.layers for t in (*layer.tensors, *layer.kept.values())]
         held = sum(t.numel() for t in held) * counts.CACHE_WIDTH // T
-        assert counts.kv_bytes_per_token(meta) == held, "bytes of the cache"
+        assert counts.kv_bytes_per_token(model) == held, "bytes of the cache"
         flops = flops or found
     return f"{flops:,.0f} multiply-adds a token at the size of this check"
 
 
-def matrix_work(model, T, linear_only=False):
-    """What counts.py says of a model on meta without targets, with all vectors left out, which
+def matrix_work(config, T, linear_only=False):
+    """What counts.py says of a config's model without targets, with all vectors left out, which
     torch's counter knows nothing of; linear_only: and all matrices that no nn.Linear holds."""
+    model = counts.on_meta(config)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if getattr(child, "training_only", False):

@@ -48,9 +48,11 @@ def parse(*classes, argv=None, description=None, configs=False):
         if typing.get_origin(hints[name]) is typing.Literal and value not in choices:
             fail(unknown(origin, value, choices), status=2)
         if hints[name] is bool:
-            value = BOOLS.get(value.lower(), value)
+            if value.lower() not in BOOLS:
+                fail(f"{origin} is '{value}'; it must be true or false", status=2)
+            value = BOOLS[value.lower()]
         if hints[name] in (int, float):
-            check_number(origin, value)
+            check_number(origin, value, hints[name])
         args.append(f"--{name}={value}")
 
     group = dataclasses.make_dataclass("flags", [(c.__name__, c) for c in classes])
@@ -146,12 +148,14 @@ def check_name(origin, name, names):
         fail(f"unknown name {origin}; {hint}", status=2)
 
 
-def check_number(origin, value):
-    """Refuse nan, infinity and what 64 bits do not hold: they pass as numbers everywhere."""
+def check_number(origin, value, kind):
+    """Refuse what is no number of its kind, and nan, infinity and what 64 bits do not hold: they
+    pass as numbers everywhere."""
     try:
-        number = float(value)
+        number = kind(value)
     except ValueError:
-        return  # no number at all: tyro's message names the type that it wants
+        wanted = "a whole number" if kind is int else "a number"
+        fail(f"{origin} is '{value}'; it must be {wanted}", status=2)
     if not abs(number) < 2**63:
         fail(f"{origin} is {value}; it must be a number below 2**63", status=2)
 

@@ -50,15 +50,15 @@ def parse(*argv):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-@pytest.mark.parametrize("flag", ["--n_layer=many", "--pos=ropes", "--bias=maybe"])
+@pytest.mark.parametrize("flag", ["--top_k=many", "--top_k=1.5"])
 def test_the_error_is_one_sentence_on_any_terminal(encoding, flag, tmp_path):
     """tyro draws its frames with other characters where the terminal has no UTF-8."""
     lines = [
         "import sys",
         "from nanoswitch import cli",
         f"sys.path.insert(0, {str(ROOT / 'tests')!r})",
-        "from test_cli import Model",
-        f"cli.parse(Model, argv=[{flag!r}], description='d')",
+        "from test_cli import Train",
+        f"cli.parse(Train, argv=[{flag!r}], description='d')",
     ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
     done = subprocess.run(
@@ -185,6 +185,19 @@ def test_a_wrong_type_names_the_flag_and_the_value(flag, columns, capsys, monkey
         err = refused(capsys, *argv)
         # a long word may be wrapped
         assert name in err and value.replace(" ", "") in err.replace(" ", ""), err
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--n_layer=1e6"], "--n_layer is '1e6'; it must be a whole number"),
+        (["--lr=fast"], "--lr is 'fast'; it must be a number"),
+        # a switch without its value takes the word behind it
+        (["--bias", "c.toml"], "--bias is 'c.toml'; it must be true or false"),
+    ],
+)
+def test_a_wrong_type_says_what_is_wanted(argv, words, capsys):
+    assert refused(capsys, *argv) == f"error: {words}\n"
 
 
 def test_a_wrong_choice_lists_the_valid_ones(capsys):

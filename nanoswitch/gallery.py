@@ -7,6 +7,7 @@ experiments/variants/*/results.json. What was not run is said to be so.
 
 import ast
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanoswitch import cli
@@ -144,11 +145,17 @@ def page(folder=ROOT / "experiments/variants"):
     return "\n\n".join(parts) + "\n"
 
 
+@dataclass
+class GalleryConfig:
+    out: str = str(ROOT / "variants/README.md")
+    """the page"""
+
+
 def main():
-    path = ROOT / "variants" / "README.md"
-    with write_beside(str(path)) as file:
+    config = cli.parse(GalleryConfig)
+    with write_beside(config.out) as file:
         file.write(page().encode())
-    print(f"written: {path}")
+    print(f"written: {config.out}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def test_the_page_is_up_to_date():
 
 def test_every_committed_card_is_of_the_variant_as_it_is():
     for path in gallery.ROOT.glob("experiments/variants/*.json"):
-        card = gallery.read(path)
+        card = gallery.read_json(path)
         assert card["name"] == path.stem
         for proof in card["proofs"]:
             without, with_it = proof["costs"]["parameters"]

@@ -236,9 +236,11 @@ def read_rule(path):
     for name, value in table.items():
         cli.check_name(f"{path}: {name}", name, kinds.keys() | flags)
         check_free(f"{path}: {name}", name)
-        wanted = {float: (int, float), int: (int, float)}.get(kinds.get(name), kinds.get(name))
-        if name in kinds and name != "widths" and not isinstance(value, wanted):
-            raise ValueError(f"{path}: {name} is {value!r}; it must be of another type")
+        number = kinds.get(name) in (int, float)
+        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{path}: {name} is {value!r}; it must be a number")
+        if name == "tune" and not isinstance(value, str):
+            raise ValueError(f"{path}: {name} is {value!r}; it must be a text")
         if name not in kinds and isinstance(value, list | dict):
             raise ValueError(f"{path}: {name} must be one value")
     if "widths" not in table:

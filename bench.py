@@ -124,14 +124,9 @@ class BenchConfig:
     """card: tiny sizes, to see on any machine that all parts run"""
 
     def __post_init__(self):
-        for name in (
-            "rounds", "n_layer", "n_embd", "block_size", "items", "new_tokens", "workers",
-            "shard_tokens", "longest",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if min(self.micro_batch, self.micro_steps) < 0:
-            raise ValueError("micro_batch and micro_steps must be 0 or more")
+        cli.at_least(self, 1, "rounds n_layer n_embd block_size items new_tokens workers")
+        cli.at_least(self, 1, "shard_tokens longest")
+        cli.at_least(self, 0, "micro_batch micro_steps minutes")
         if self.n_embd % 64:
             raise ValueError(f"n_embd is {self.n_embd}; heads are 64 wide, so try a multiple of 64")
 

@@ -72,12 +72,12 @@ class CompareConfig:
     """runs at a time; 0 = one per GPU, on CPU one"""
     lengths: str = ""
     """score the last checkpoints at multiples of their context too, such as 1,2,4, on prose and on
-    repeats, which only far tokens tell: lengths.md"""
+    texts that stand twice, which tell how far back a model reads: lengths.md"""
     margin: float = 0.0
     """nats; differences that are surely smaller are called equal; 0 = none is"""
     noise: Literal["pooled", "own"] = "pooled"
-    """pooled: of all configs together where their spreads are alike; own: each row's, which takes
-    more seeds and needs no such thing"""
+    """pooled: one noise for all configs, where their spreads are alike; own: each row's, where they
+    differ, which takes more seeds"""
     require: str = ""
     """end with status 1 unless this config is better than the first"""
     tune: str = ""
@@ -90,8 +90,8 @@ class CompareConfig:
     max_seeds: int = 12
     """the most seeds that --resolve gives a config"""
     plan: bool = False
-    """print runs, tokens, hours and the least effect that the seeds can show; train nothing. With
-    --device cuda:h100 or another card that train_gpt2.py's --dry_run knows, for that"""
+    """print runs, tokens, hours and the least effect that the seeds can show; train nothing.
+    --device cuda:h100, or another card that train_gpt2.py's --dry_run knows, plans for that card"""
     ladder: str = ""
     """a file of sizes, such as configs/ladder.toml: train every config at each of them, fit loss
     against compute and say how much compute a config is worth, and whether that lasts"""
@@ -106,8 +106,8 @@ class CompareConfig:
     def __post_init__(self):
         if not self.inputs:
             raise ValueError("name config files to train, or run folders such as runs/quickstart")
-        if self.seeds < 1 or self.jobs < 0:
-            raise ValueError("seeds must be 1 or more, jobs 0 or more")
+        cli.at_least(self, 1, "seeds max_seeds")
+        cli.at_least(self, 0, "jobs")
         is_toml = {path.endswith(".toml") for path in self.inputs}
         if len(is_toml) > 1:
             raise ValueError("give config files (.toml) or run folders, not both at once")

@@ -105,14 +105,14 @@ class GPTConfig:
     logit_softcap: float = 0.0
     """logits become cap * tanh(logits / cap); 0 = as they are"""
     residual_dtype: "Literal[RESIDUAL_DTYPES]" = "float32"
-    """of the residual stream: autocast takes the products' own, which moves fewer bytes on CUDA"""
+    """dtype of the residual stream; autocast: that of the matrix products, fewer bytes on CUDA"""
     zero_init: bool = False
     """residual projections start at zero, so that every block starts as the identity"""
     document_mask: bool = False
     """attention does not cross the end-of-text token, id vocab_used - 1"""
     attention_kernel: "Literal[tuple(KERNELS)]" = "auto"
-    """auto lets torch choose, in compiled CUDA runs FlexAttention for windows and documents; flash
-    and math insist; flex is FlexAttention, made for CUDA"""
+    """auto lets torch choose, and takes FlexAttention for windows and documents in compiled CUDA
+    runs; flash and math are torch's kernels of that name, flex is FlexAttention, for CUDA only"""
 
     def __post_init__(self):
         tables = {

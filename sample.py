@@ -57,8 +57,7 @@ class SampleConfig:
 
     def __post_init__(self):
         cli.at_least(self, 1, "max_new_tokens num_samples")
-        if self.temperature < 0 or self.top_k < 0 or self.seed < 0:
-            raise ValueError("temperature, top_k and seed must be 0 or more")
+        cli.at_least(self, 0, "temperature top_k seed")
         if 0 < self.temperature < 1e-6:  # the logits would overflow
             raise ValueError(f"temperature is {self.temperature}; 0 takes the likeliest token")
         if not 0 < self.top_p <= 1:

@@ -11,7 +11,8 @@ import torch
 
 class Ring:
     """Slots for the newest `size` positions: position p lies in slot p % size. Shared by the layers
-    of one size. Only which of three cases it is Python decides, so that a graph can replay it."""
+    of one size. Python decides which of three cases it is, and nothing else, so that a CUDA graph
+    can replay the rest."""
 
     FAR = 2**62  # the position of an empty slot: in every query's future, so never visible
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from tyro.conf import Positional, arg
 
 from model import GPT
+from nanoswitch.cli import at_least
 from nanoswitch.device import autocast, pick_device, pick_dtype, tune_cpu
 from nanoswitch.files import pointer_hint, read_json, write_beside
 from nanoswitch.load import vocabulary_of
@@ -42,8 +43,7 @@ class Evaluation:
     """precision of the matrix products; auto takes what is fast on the device"""
 
     def __post_init__(self):
-        if min(self.limit, self.seed, self.batch_tokens) < 0:
-            raise ValueError("limit, seed and batch_tokens must be 0 or more")
+        at_least(self, 0, "limit seed batch_tokens")
 
 
 # ----------------------------------------------------------------------------- items of a file

@@ -42,7 +42,7 @@ def window_masks(pos, window, bias=None, doc=None):
     T window, not T^2. bias: a position encoding's, a function of query and key positions, or None;
     doc (B, T) if attention keeps within documents."""
     masks, plain = [], bias is None and doc is None
-    unit = 8 if pos.is_cuda else 1  # CUDA's kernel pads other masks, and Inductor fails to
+    unit = 8 if pos.is_cuda else 1  # other masks must be padded for CUDA; Inductor fails at that
     for rows, keys in window_chunks(len(pos), window, plain, unit):
         if plain and rows.stop <= window:  # all that causal attention sees lies in the window
             masks.append((rows, keys, None))

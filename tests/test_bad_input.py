@@ -300,7 +300,7 @@ CASES = {
         ("compare", nothing, ["name config files to train, or run folders"]),
         ("compare run c.toml", nothing, ["config files (.toml) or run folders, not both"]),
         ("compare c.toml c.toml", nothing, ["two of the inputs are called c"]),
-        ("compare c.toml --seeds 0", nothing, ["seeds must be 1 or more"]),
+        ("compare c.toml --seeds 0", nothing, ["seeds is 0; it must be 1 or more"]),
         ("compare c.toml --match size", nothing, ["none", "params"]),
         ("compare c.toml --run_dir x", nothing, ["--run_dir", "leave it out"]),
         ("compare c.toml --n_haed 2", nothing, ["--n_haed", "did you mean n_head?"]),

@@ -215,7 +215,7 @@ def test_between_vocabularies_intervals_are_of_bits_per_byte(run, tmp_path, monk
 def test_experts_are_matched_in_parameters_though_their_widths_are_rounded():
     sizes = dict(n_layer=2, n_head=2, n_embd=64, vocab_size=64, vocab_used=64, block_size=16)
     argv = [f"--{name}={value}" for name, value in sizes.items()]
-    wanted = GPT(GPTConfig(**sizes, mlp_hidden=1024)).num_params()
+    wanted = GPT(GPTConfig(**sizes, mlp_hidden=16384)).num_params()
     hidden = study.match_parameters("moe.toml", [*argv, "--mlp=moe"], wanted)
     found = GPT(GPTConfig(**sizes, mlp="moe", mlp_hidden=hidden)).num_params()
     assert found == pytest.approx(wanted, rel=0.01)

@@ -1,4 +1,5 @@
-"""pyproject.toml beside the requirements files, which pin what was tested, and beside our files."""
+"""pyproject.toml beside the requirements files, which pin what was tested, the lock that has their
+pins, and our files."""
 
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -37,6 +39,18 @@ def test_the_requirements_are_pyprojects_at_tested_versions(file, wanted):
     assert pinned.keys() == wanted.keys()
     for name, version in pinned.items():
         assert wanted[name].specifier.contains(version), name
+
+
+def test_the_lock_has_every_pin_with_hashes_and_no_address():
+    lock = (ROOT / "requirements.lock").read_text()
+    entry = r"^([\w.-]+)==([\w.]+)( ; .+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$"
+    found = [match[:2] for match in re.findall(entry, lock, re.M)]
+    assert len(found) == len(re.findall(r"^[^#\s]", lock, re.M))  # it has nothing else
+    assert "://" not in lock and "index" not in lock
+    for file in ("requirements.txt", "requirements-app.txt", "requirements-dev.txt"):
+        for name, version in pins(file).items():
+            versions = [v for n, v in found if n == canonicalize_name(name)]
+            assert versions == [version], f"{name}: the lock's first lines say how to renew it"
 
 
 def test_every_module_and_folder_of_ours_is_packaged():

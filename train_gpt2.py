@@ -260,6 +260,11 @@ class Plan:
         return windows
 
     @property
+    def rank_windows(self):
+        """Sequences of a batch on one rank."""
+        return self.batch_windows // self.ranks.world
+
+    @property
     def origin(self):
         """Where the weights came from, for the log and every checkpoint; or nothing."""
         if not self.surgery:
@@ -285,7 +290,7 @@ class Plan:
         device = self.config.device if self.card else device
         known = not on_cuda or peak_flops(self.device)
         unknown = "" if known else "  (no mfu: its peak is not known)"
-        steps = self.batch_windows // ranks.world // size
+        steps = self.rank_windows // size
         return [
             *(f"from {c.init_from}: {line}" for line in self.origin.get("surgery", ())),
             f"parameters {model.num_params():,}  training FLOPs per token "
@@ -347,9 +352,13 @@ class Trainer(Plan):
         if self.forward is not self.model:
             self.micro_batch = micro_batch.confirm(self, fits)
         self.forward = average_gradients(self.forward, config.parallel, self.ranks)
-        self.micro_steps = self.batch_windows // self.ranks.world // self.micro_batch
         self.changing = False  # whether an update is past its gradients
         self.changes = {}  # what a resumed run does otherwise than before
+
+    @property
+    def micro_steps(self):
+        """Forward passes of an update on one rank."""
+        return self.rank_windows // self.micro_batch
 
     # ------------------------------------------------------------------------- one step
 

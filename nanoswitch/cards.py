@@ -53,7 +53,7 @@ def table(plan, most):
     card, lines = plan.card, []
     held = bytes_held(plan.model_config, plan.config.parallel, plan.ranks.world)
     flops = flops_per_token(on_meta(plan.model_config))
-    sizes = [d for d in divisors(plan.batch_windows // plan.ranks.world) if d <= most]
+    sizes = [d for d in divisors(plan.rank_windows) if d <= most]
     for size in sizes[-8:]:
         added, moved = pass_costs(plan.model_config, size, plan.dtype)
         need = (held + added) / 2**30

@@ -21,7 +21,7 @@ def divisors(n):
 def find(plan, fits):
     """Sequences of a forward pass on one rank: the flag, or the largest divisor of a rank's part of
     the batch with which fits(size) is true on all of them. ValueError where there is none."""
-    config, per_rank = plan.config, plan.batch_windows // plan.ranks.world
+    config, per_rank = plan.config, plan.rank_windows
     if config.micro_batch:
         if per_rank % config.micro_batch:
             near = max(d for d in divisors(per_rank) if d <= config.micro_batch)
@@ -45,10 +45,10 @@ def find(plan, fits):
 def confirm(trainer, fits):
     """The trainer's micro_batch, or the largest below it with which fits(size) is true on all ranks
     now: a compiled model may need more than the one that find() tried. A flag stands."""
-    size, per_rank = trainer.micro_batch, trainer.batch_windows // trainer.ranks.world
+    size = trainer.micro_batch
     if not may_choose(trainer):
         return size
-    return largest(trainer, [d for d in reversed(divisors(per_rank)) if d <= size], fits)
+    return largest(trainer, [d for d in divisors(trainer.rank_windows)[::-1] if d <= size], fits)
 
 
 def may_choose(trainer):
@@ -141,7 +141,6 @@ def retried(trainer, update):
         if trainer.device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"out of memory: micro_batch {before} -> {after}")
-        trainer.micro_steps = trainer.micro_steps * before // after
         trainer.micro_batch = after
 
 
@@ -153,7 +152,7 @@ def smaller(trainer):
         raise ValueError(
             "out of memory even with micro_batch 1; lower --block_size or the model's size"
         )
-    less = max(d for d in divisors(trainer.micro_steps * size) if d <= size // 2)
+    less = max(d for d in divisors(trainer.rank_windows) if d <= size // 2)
     if trainer.config.micro_batch:
         raise ValueError(f"out of memory with micro_batch {size}; try --micro_batch {less}")
     return less

@@ -46,7 +46,10 @@ class Generation:
         """idx (B, T) -> (B,): what pick makes of next_logits. ValueError if one is not finite."""
         logits = self.next_logits(idx, cache)
         if not logits.isfinite().all():
-            raise ValueError("the model's logits are not finite numbers: its weights are broken")
+            raise ValueError(
+                "the model's logits are not finite numbers: its weights are broken; take an older "
+                "checkpoint"
+            )
         return pick(logits)
 
     def next_logits(self, idx, cache=None, pos=None):

@@ -47,7 +47,9 @@ def find_folder(checkpoint):
             f"{checkpoint} is a file; give the folder that holds {hf.WEIGHTS}, or {foreign.KINDS}"
         )
     if len(folder.parts) > 2 or (len(folder.parts) == 2 and folder.parent.is_dir()):
-        raise ValueError(f"no checkpoint folder {folder}")
+        raise ValueError(
+            f"no checkpoint folder {folder}; give a run, step or Hugging Face folder, or a hub name"
+        )
     return hf.download(str(checkpoint))
 
 

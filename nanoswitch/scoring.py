@@ -107,7 +107,8 @@ def fit(model, examples, progress="", vocab=N_VOCAB):
     config = model.config
     if trained_vocabulary(config) != vocab:
         raise ValueError(
-            f"the tokens are GPT-2's {vocab}, this model's vocabulary is {config.vocab_size}"
+            f"the tokens are GPT-2's {vocab}, this model's vocabulary is {config.vocab_size}: only "
+            f"models of GPT-2's vocabulary, or of its beginning as fineweb.py cuts it, are scored"
         )
     longest = math.inf if model.extrapolates else config.block_size
     fitted = [[cut(row, longest) for row in example.rows] for example in examples]

@@ -190,7 +190,8 @@ class Study:
         flag = self.config.tune
         for entry in self.entries:
             if not entry.flags[flag] > 0:
-                raise ValueError(f"{entry.name} has {flag} {entry.flags[flag]}: nothing to vary")
+                has = f"{entry.name} has {flag} {entry.flags[flag]}"
+                raise ValueError(f"{has}: nothing to vary; give a --{flag} above 0")
             self.searches[entry.name] = tune.Search(entry.flags[flag], self.trial(entry))
         tune.search(self.searches, self.try_out)
         own = {name: one.result()["best"] for name, one in self.searches.items()}

@@ -104,6 +104,7 @@ def test_a_run_that_diverges_is_marked_by_what_trained_it(tmp_path, monkeypatch)
     code = f"import sys; sys.exit('error: {words}')"
 
     def start(job, at_once):
+        job.folder.mkdir()
         with open(job.folder / "output.txt", "w") as output:
             job.process = subprocess.Popen([sys.executable, "-c", code], stderr=output)
 

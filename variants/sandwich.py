@@ -3,8 +3,9 @@
     x <- x + norm'(branch(norm(x)))
 
 Ding et al. 2021 (CogView) and Gemma 2 (2024). It buys branches of a bounded size, and with them
-stability in low precision and at large rates. Pitfalls: each branch starts as large as the stream
-(zero_init then changes nothing); two norms more a block.
+stability in low precision and at large rates. Pitfalls: each branch starts at size 1, far above an
+embedding's 0.02. With zero_init it starts at 0, but the first step, however small, brings it to
+size 1. Two norms more a block.
 """
 
 from model import NORMS, Residual

@@ -377,9 +377,10 @@ def test_post_norm_and_sandwich_norm():
 
 @torch.no_grad()
 def test_sandwich_branches_start_at_size_1_or_with_zero_init_at_0():
-    x = 0.02 * torch.randn(1, 9, 16)
+    x = 0.02 * torch.randn(1, 9, 256)
     for zero, size in ((False, 1.0), (True, 0.0)):
-        block = GPT(tiny(residual="sandwich", zero_init=zero)).transformer.h[0]
+        config = tiny(residual="sandwich", n_embd=256, zero_init=zero)
+        block = GPT(config).transformer.h[0]
         branch = block.residual.post_1(block.attn(block.ln_1(x), None, None))
         assert branch.square().mean().sqrt().item() == pytest.approx(size, abs=0.05)
 

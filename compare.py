@@ -13,6 +13,7 @@ seeds.
     OUT/report.html                          the same and more on one page, to send
     OUT/curves.png, curves.svg               needs matplotlib; more than one seed needs scipy too
     OUT/lengths.md, lengths.json             --lengths: longer contexts than trained
+    OUT/tune.png, ladder.png, and .svg       of --tune: loss against its value; of --ladder
     OUT/tune/NAME/FLAG_VALUE/                --tune: the search of each config's own value
     OUT/tuned/NAME/seed_S/                   the runs at it, where it is not the common one
     OUT/n_embd_N/                            --ladder: runs, tune and tuned of each size

@@ -41,14 +41,14 @@ def compiled(trainer):
 
 def flex_layers(model):
     """Whether a layer takes FlexAttention on a card where it may choose."""
-    layers = zip(model.transformer.h, model.encoded_by, strict=True)
+    config, encodings = model.config, model.encodings
     return any(
         chooses_flex(
             block.attn,
-            masked=block.attn.window or model.config.document_mask,
-            learned=learns_bias(model.encodings[pos]),
+            masked=0 < block.attn.window < config.block_size or config.document_mask,
+            learned=learns_bias(encodings[pos]),
         )
-        for block, pos in layers
+        for block, pos in zip(model.transformer.h, model.encoded_by, strict=True)
     )
 
 

@@ -57,7 +57,7 @@ from nanoswitch.device import (
     to_device,
     tune_cpu,
 )
-from nanoswitch.files import sha256, write_beside
+from nanoswitch.files import prepare_out, sha256, write_beside
 from nanoswitch.log import provenance
 from nanoswitch.pydocs import write_pydocs
 from nanoswitch.shards import load_shards, open_shard
@@ -717,7 +717,7 @@ def main():
     if config.peer:
         peer_name(config)
     if config.out:
-        os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
+        prepare_out(config.out, f"{config.work}.json")
     rows = WORKS[config.work](config)
     print(table(rows))
     write(config, rows)

@@ -4,7 +4,6 @@ items -> figures that are printed, compared with another model's and written.
 
 import gzip
 import json
-import os
 import random
 import statistics
 import zlib
@@ -17,7 +16,7 @@ from tyro.conf import Positional, arg
 from model import GPT
 from nanoswitch.cli import at_least
 from nanoswitch.device import autocast, pick_device, pick_dtype, tune_cpu
-from nanoswitch.files import pointer_hint, read_json, write_beside
+from nanoswitch.files import prepare_out, pointer_hint, read_json, write_beside
 from nanoswitch.load import vocabulary_of
 from nanoswitch.scoring import NAMES, at_chance, error_name, paired, score_examples
 from nanoswitch.tokenizer import N_VOCAB
@@ -114,11 +113,7 @@ def evaluate_checkpoint(config, load, tokenizers, score=score_examples):
     score: score_examples or score_words.
     """
     if config.out:
-        os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
-        if os.path.isdir(config.out):
-            raise ValueError(
-                f"--out {config.out} is a folder; name a file: {config.out}/score.json"
-            )
+        prepare_out(config.out, "score.json")
     items = load()
     versus = read_scores(config.versus, items, tokenizers) if config.versus else {}
     device = pick_device(config.device)

@@ -29,6 +29,14 @@ def write_beside(path):
     os.replace(path + ".tmp", path)
 
 
+def prepare_out(path, name):
+    """Make the folder of a file that is to be written in the end, before the work for it. name: one
+    to suggest, for the ValueError where the path is a folder itself."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if os.path.isdir(path):
+        raise ValueError(f"--out {path} is a folder; name a file: {os.path.join(path, name)}")
+
+
 @contextlib.contextmanager
 def locked(path, busy="", shared=False):
     """Inside, this process holds the kernel's lock on a file or folder that exists; it goes with

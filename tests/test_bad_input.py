@@ -628,6 +628,7 @@ CASES = {
         ("bench fineweb --data nowhere", nothing, ["nowhere"]),
         ("bench generate --device cuda:9", nothing, ["cuda:9"]),
         ("bench train --out note.txt/x.json", nothing, ["note.txt", "another path"]),
+        ("bench train --out data", nothing, ["data is a folder", "data/train.json"]),
     ],
     "pickles": [
         (SAMPLE, both(remove(WEIGHTS), bomb("step/pytorch_model.bin", torch.save)),

@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 from model import GPT
 from nanoswitch.cli import at_least
 from nanoswitch.device import autocast, pick_device, pick_dtype, tune_cpu
-from nanoswitch.files import prepare_out, pointer_hint, read_json, write_beside
+from nanoswitch.files import pointer_hint, prepare_out, read_json, write_beside
 from nanoswitch.load import vocabulary_of
 from nanoswitch.scoring import NAMES, at_chance, error_name, paired, score_examples
 from nanoswitch.tokenizer import N_VOCAB

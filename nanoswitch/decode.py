@@ -23,9 +23,10 @@ def kept_decoder(model, dtype, rows):
 
 
 def decoder(model, dtype, rows):
-    """What GPT.stream is to decode `rows` texts with: a copy of the model, its weights in half
-    precision; None where that is not faster. dtype is that of the matrix products. Each token must
-    read all weights; the products of a long prompt are faster in fp32 on most CPUs."""
+    """Makes what GPT.stream decodes `rows` texts with after the prompt: a copy of the model with its
+    weights in half precision, for each token reads all of them; None where that is not faster.
+    dtype: that of the matrix products. The prompt keeps the model itself: on most CPUs the products
+    of many tokens are faster in fp32."""
     device = next(model.parameters()).device
     on_cpu = device.type == "cpu"
     if on_cpu and rows <= 4:

@@ -422,8 +422,8 @@ def resolved(config, study):
         return "nothing", ": it takes two configs and two seeds to tell noise from effect", sd
     effect = stats.planned_effect(sd, rows, config.seeds, config.noise == "pooled")
     how = (
-        f" in 8 cases of 10: {rows} rows, {config.seeds} seeds, a spread of {sd:.4f} nats over "
-        f"seeds ({source})"
+        f" in 8 cases of 10: {rows} row{'s' * (rows > 1)}, {config.seeds} seeds, a spread of "
+        f"{sd:.4f} nats over seeds ({source})"
     )
     return f"{effect:.4f} nats", how, sd
 

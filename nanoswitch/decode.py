@@ -23,10 +23,10 @@ def kept_decoder(model, dtype, rows):
 
 
 def decoder(model, dtype, rows):
-    """Makes what GPT.stream decodes `rows` texts with after the prompt: a copy of the model with its
-    weights in half precision, for each token reads all of them; None where that is not faster.
-    dtype: that of the matrix products. The prompt keeps the model itself: on most CPUs the products
-    of many tokens are faster in fp32."""
+    """Make what GPT.stream decodes `rows` texts with, after the prompt: a copy of the model, its
+    weights in half precision, for each token reads all of them. None where that is not faster.
+    dtype: that of the matrix products. The prompt runs through the model itself: on most CPUs the
+    products of many tokens are faster in fp32."""
     device = next(model.parameters()).device
     on_cpu = device.type == "cpu"
     if on_cpu and rows <= 4:

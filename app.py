@@ -12,6 +12,8 @@ import functools
 import gc
 import html
 import math
+import os
+import re
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ import sample
 from nanoswitch import cli
 from nanoswitch.load import step_of
 from nanoswitch.log import read_run
+from nanoswitch.shards import recipe
 
 try:
     import altair as alt  # streamlit brings it
@@ -29,6 +32,7 @@ try:
 except ModuleNotFoundError:  # main() says it: importing this file needs no streamlit
     st = None
 
+INKS = {"light": (8, 48, 107), "dark": (140, 196, 255)}  # red, green, blue of an attention weight
 TOP = 5  # likeliest tokens shown at each step
 PICTURED = 32  # first tokens of the prompt whose attention is drawn: more would be unreadable
 SCORES = {
@@ -36,9 +40,9 @@ SCORES = {
     "val_bpb": "bits per byte",
     "hellaswag_acc_norm": "HellaSwag",
 }
-FIRST_RUN = """\
-python fineweb.py --source pydocs --vocab_size 4096 --out data/pydocs
-python train_gpt2.py configs/quickstart.toml"""
+FIRST_RUN = f"{recipe('data/pydocs', vocab=4096)}\npython train_gpt2.py configs/quickstart.toml"
+WRITE_FIRST = "Press Write first: this looks inside the models at what they wrote"
+CACHE = dict(max_entries=8, show_spinner=False)
 EXPECTED = (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError)
 
 
@@ -182,21 +186,26 @@ def show_text(reply, box):
     about, prompt, text = map(html.escape, (reply.about, reply.prompt, reply.text))
     box.html(
         f"<small style='opacity: .7'>{about}</small><div style='margin-top: .5rem; white-space: "
-        f"pre-wrap; overflow-wrap: anywhere'><span style='opacity: .5'>{prompt}</span>{text}</div>"
+        f"pre-wrap; overflow-wrap: anywhere'><span style='opacity: .7'>{prompt}</span>{text}</div>"
     )
 
 
 def show_curves(logs):
     """Validation loss and HellaSwag of {name: log.Run} against tokens."""
+    drawn = 0
     for key, title in SCORES.items():
         points = [
             {"run": name, "tokens": step * run.config["total_batch_tokens"], title: value}
             for name, run in logs.items() for step, value in zip(*run.curve(key), strict=True)
         ]  # fmt: skip
         if len({point["tokens"] for point in points}) > 1:
-            line = alt.Chart(alt.Data(values=points), height=300).mark_line(point=True)
-            color, y = alt.Color("run:N", title=None), alt.Y(f"{title}:Q").scale(zero=False)
-            st.altair_chart(line.encode(alt.X("tokens:Q"), y, color.legend(orient="top")))
+            x, y = alt.X("tokens:Q").axis(format="~s"), alt.Y(f"{title}:Q").scale(zero=False)
+            color = alt.Color("run:N", title=None, sort=list(logs)).legend(orient="top")
+            chart = alt.Chart(alt.Data(values=points), height=300, description=f"{title} by tokens")
+            st.altair_chart(chart.mark_line(point=True).encode(x, y, color))
+            drawn += 1
+    if not drawn:
+        st.caption("A run's curve begins with the second validation in its log")
 
 
 def show_steps(name, reply):
@@ -217,45 +226,72 @@ def show_attention(name, reply):
         for i, q in enumerate(names) for j, k in enumerate(names[: i + 1])
     ]  # fmt: skip
     axes = {"sort": names, "title": None, "axis": alt.Axis(labelExpr="split(datum.label, ' ')[1]")}
-    color = alt.Scale(domain=[0, 1], range=["white", "rgb(8, 48, 107)"], interpolate="rgb")
-    chart = alt.Chart(alt.Data(values=cells), height=360).mark_rect(stroke="whitesmoke").encode(
+    ink = INKS.get(st.context.theme.type, INKS["light"])  # on the page's own background
+    what = f"attention of head {head} in layer {layer}: a row is a token, a column what it reads"
+    chart = alt.Chart(alt.Data(values=cells), height=360, description=what).mark_rect(
+        color=f"rgb{ink}", stroke="gray", strokeOpacity=0.2
+    ).encode(
         alt.X("key:N", **axes), alt.Y("query:N", **axes),
-        alt.Color("weight:Q", scale=color, legend=None), tooltip=["query:N", "key:N", "weight:Q"],
+        alt.FillOpacity("weight:Q", scale=alt.Scale(domain=[0, 1], range=[0, 1]), legend=None),
+        tooltip=["query:N", "key:N", "weight:Q"],
     )  # fmt: skip
     st.altair_chart(chart)
     times = math.ceil(84 / len(names))  # pixels a token
     w = weights.clamp(0, 1).repeat_interleave(times, 1).repeat_interleave(times, 2)
-    pictures = 255 - w[..., None] * (255 - torch.tensor([8, 48, 107]))  # (nh, T', T', 3)
-    st.image(list(pictures.byte().numpy()), [f"head {i}" for i in range(len(w))], width=84)
+    w = torch.nn.functional.pad(w, (6, 6, 6, 6))  # the page rounds a picture's corners
+    inks = torch.tensor(ink).expand(*w.shape, 3)
+    pictures = torch.cat([inks, (w * 255)[..., None]], dim=3)  # (nh, T', T', red to opacity)
+    st.image(list(pictures.byte().numpy()), [f"head {i}" for i in range(len(w))], width=96)
 
 
 def show_report(folder):
     """The report of a comparison in folder, as compare.py wrote it: one page without anything
     outside it."""
-    found = {str(p.parent.relative_to(folder)): p for p in Path(folder).rglob("report.html")}
-    if not found:
-        return st.caption("`compare.py A.toml B.toml --out RUNS/NAME` writes a report, shown here")
-    name = st.selectbox("Comparison", sorted(found, key=lambda n: -found[n].stat().st_mtime))
-    text = found[name].read_bytes()
-    st.download_button("Download", text, f"{found[name].parent.name}.html", "text/html")
+    reports = find(folder, "report.html")
+    if not reports:
+        command = f"compare.py A.toml B.toml --out {folder}/NAME"
+        return st.caption(f"A comparison writes a report, which is then shown here: `{command}`")
+    name = st.selectbox("Comparison", reports, key="report")
+    read = st.cache_resource(lambda file, state: file.read_bytes(), **CACHE)
+    text = read(reports[name], state(reports[name]))
+    file = f"{reports[name].parent.name}.html"
+    st.download_button("Download", text, file, "text/html", on_click="ignore")
     # an address of its own origin: a report from elsewhere reaches nothing of this page
-    st.iframe(f"data:text/html;base64,{base64.b64encode(text).decode()}", height=900)
+    address = f"data:text/html;base64,{base64.b64encode(text).decode()}"
+    st.iframe(address, height=900, alt=f"the report of {name}")
 
 
 # ----------------------------------------------------------------------------- the page
+def find(folder, *names):
+    """{where: file} of the folders below a folder that hold files of these names, newest first,
+    steps of runs left out; each folder with the first name that it has."""
+    found = {}
+    for here, inside, files in os.walk(folder):
+        inside[:] = [name for name in inside if not re.fullmatch(r"step_\d+", name)]
+        if held := [name for name in names if name in files]:
+            found[os.path.relpath(here, folder)] = Path(here, held[0])
+    return dict(sorted(found.items(), key=lambda item: -item[1].stat().st_mtime))
+
+
+def state(file):
+    """What is another after a file was written: its time in ns and its size in bytes."""
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
 def choose(folder):
     """The checkpoints that the reader picks or types: {name on the page: path or hub name}."""
-    # runs, those of comparisons too, and Hugging Face folders
-    found = [*Path(folder).rglob("latest"), *Path(folder).glob("*/model.safetensors")]
-    found = [p.parent for p in sorted(found, key=lambda p: -p.stat().st_mtime)]
-    found = {str(p.relative_to(folder)): str(p) for p in found}
-    if not found:
-        st.info(f"There are no runs in {folder} yet. These two commands make one, in minutes:")
-        st.code(FIRST_RUN, language="shell")
+    # runs, those of comparisons too, and Hugging Face folders; a run that begins has its log only
+    runs = find(folder, "latest", "model.safetensors", "log.jsonl")
+    if not runs:
+        st.info(f"There are no runs in `{folder}` yet. These two commands make one, in minutes:")
+        st.code(FIRST_RUN, language="shell", wrap_lines=True)
     left, right = st.columns(2)
-    picked = left.multiselect("Runs, newest first", found, list(found)[:1], max_selections=4)
+    picked = left.multiselect(
+        "Runs, newest first", runs, list(runs)[:1], max_selections=4, key="runs"
+    )  # with a key, the choice stays when a run's new step changes the list
     typed = right.text_input("or a folder, or a hub repository", placeholder="gpt2").strip()
-    return {name: found[name] for name in picked} | ({typed: typed} if typed else {})
+    return {name: str(runs[name].parent) for name in picked} | ({typed: typed} if typed else {})
 
 
 def settings():
@@ -271,20 +307,41 @@ def settings():
     )  # fmt: skip
 
 
+def read_logs(chosen):
+    """{name: path} -> {name: log.Run} of those with a log, and {name: what is wrong with it}."""
+    read = st.cache_resource(lambda path, state: read_run(path), **CACHE)
+    logs, broken = {}, {}
+    for name, path in chosen.items():
+        log = Path(path) / "log.jsonl"
+        try:
+            run = read(path, state(log)) if log.is_file() else None
+        except (ValueError, OSError) as error:
+            broken[name] = one_line(error)
+        else:
+            logs |= {name: run} if run else {}
+    return logs, broken
+
+
 def page(config, slot):
-    st.header("nanoswitch", help="base models: they continue a text, they do not answer")
+    st.header("nanoswitch", anchor=False)
+    st.caption("Base models: they continue a text, they do not answer")
     chosen, options = choose(config.runs), settings() | {"device": config.device}
     prompt = st.text_area("Prompt", sample.SampleConfig("").prompt, max_chars=20_000, height=80)
     if pressed := st.button("Write", type="primary"):
         st.session_state.replies = {name: Reply(prompt) for name in chosen}
-    logs = {name: run for name, path in chosen.items() if (run := read_run(path))}
+        if not chosen:
+            st.warning("Choose a run first, or name a folder or a hub repository")
+    logs, broken = read_logs(chosen)
     replies = {n: r for n, r in st.session_state.get("replies", {}).items() if n in chosen}
 
-    for column, name in zip(st.columns(len(chosen) or 1, border=True), chosen, strict=False):
+    columns = st.columns(len(chosen), border=True) if chosen else []
+    for column, name in zip(columns, chosen, strict=True):
         with column:
-            st.subheader(name)
+            st.subheader(name, anchor=False)
             last = {what: logs[name].last(key) for key, what in SCORES.items() if name in logs}
             st.caption(" · ".join(f"{what} {x:.3f}" for what, x in last.items() if x is not None))
+            if name in broken:
+                st.warning(f"no curve: {broken[name]}")
             box = st.empty()
             if pressed:
                 with slot.lock:
@@ -298,8 +355,11 @@ def page(config, slot):
     with report:
         show_report(config.runs)
     whole = [(n, replies[n]) for n in chosen if n in replies and replies[n].attention]
-    for tab, show in zip(inside, (show_steps, show_attention), strict=True):
-        for column, (name, reply) in zip(tab.columns(len(whole) or 1), whole, strict=False):
+    for tab, show, least in zip(inside, (show_steps, show_attention), (1, 2), strict=True):
+        if not whole:
+            tab.caption(WRITE_FIRST)
+        columns = tab.columns(max(len(whole), least))  # attention alone would be drawn too wide
+        for column, (name, reply) in zip(columns, whole, strict=False):
             with column:
                 st.markdown(f"**{name}**")
                 show(name, reply)

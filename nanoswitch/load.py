@@ -41,6 +41,8 @@ def find_folder(checkpoint):
     """The folder that holds a checkpoint's files; a hub name's is fetched."""
     folder = step_of(checkpoint)
     if folder.is_dir():
+        if (folder / "log.jsonl").is_file() and not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no checkpoint yet; --checkpoint_every sets when")
         return folder
     if folder.exists():
         raise ValueError(

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -189,7 +190,7 @@ def test_importing_needs_no_streamlit_and_running_names_it():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two whole runs, a Hugging Face folder's name without weights, and a run with a bad log."""
+    """Two whole runs, one with a bad log, one without weights, and one that has only begun."""
     folder = tmp_path_factory.mktemp("runs")
     wide = dict(n_embd=64, n_head=4, block_size=256)
     save_run(folder / "gpt2", writer(**wide))
@@ -200,8 +201,12 @@ def runs(tmp_path_factory):
     (folder / "badlog" / "log.jsonl").write_text("not json\n")
     save_run(folder / "hollow", writer(), log=False)
     (folder / "hollow" / "step_000004" / "model.safetensors").unlink()
-    for age, name in enumerate(("gpt2", "llama", "badlog", "hollow")):  # the list's order
-        os.utime(folder / name / "latest", (time.time() - age - 9,) * 2)
+    save_run(folder / "begun", writer())
+    shutil.rmtree(folder / "begun" / "step_000004")
+    (folder / "begun" / "latest").unlink()
+    for age, name in enumerate(("gpt2", "llama", "badlog", "hollow", "begun")):  # the list's order
+        newest = folder / name / ("log.jsonl" if name == "begun" else "latest")
+        os.utime(newest, (time.time() - age - 9,) * 2)
     return folder
 
 
@@ -233,18 +238,21 @@ def texts(page):
     return [re.search(r"</span>(.*)</div>", body, re.DOTALL)[1] for body in bodies]
 
 
+def drawn(chart):
+    """The points of a chart."""
+    return pyarrow.ipc.open_stream(chart.proto.data.data).read_all().to_pylist()
+
+
 @needs_streamlit
 def test_the_page_lists_runs_and_shows_their_scores(page):
-    assert page.multiselect[0].options == ["gpt2", "llama", "badlog", "hollow"]
+    assert page.multiselect[0].options == ["gpt2", "llama", "badlog", "hollow", "begun"]
     assert page.multiselect[0].value == ["gpt2"] and not page.error and not page.exception
-    assert page.caption[0].value == "validation loss 8.125 · HellaSwag 0.263"
-    loss, score = (chart.proto.data.data for chart in page.get("vega_lite_chart"))
-    loss = pyarrow.ipc.open_stream(loss).read_all().to_pylist()
+    assert page.caption[1].value == "validation loss 8.125 · HellaSwag 0.263"
+    loss, score = map(drawn, page.get("vega_lite_chart"))
     assert loss == [
         {"run": "gpt2", "tokens": 0, "validation loss": 10.8},
         {"run": "gpt2", "tokens": 4000, "validation loss": 8.125},
     ]
-    score = pyarrow.ipc.open_stream(score).read_all().to_pylist()
     assert score == [
         {"run": "gpt2", "tokens": 2000, "HellaSwag": 0.25},
         {"run": "gpt2", "tokens": 4000, "HellaSwag": 0.2625},
@@ -262,7 +270,7 @@ def test_runs_of_a_comparison_and_hugging_face_folders_are_found(runs, tmp_path,
 
 @needs_streamlit
 def test_a_comparisons_report_is_shown_and_can_be_kept(page, runs, tmp_path, monkeypatch):
-    assert not page.get("iframe") and any("compare.py" in c.value for c in page.caption)
+    assert not page.get("iframe") and any("compare.py A.toml" in c.value for c in page.caption)
     for name in ("rope", "heads"):
         (tmp_path / "all" / name).mkdir(parents=True)
         (tmp_path / "all" / name / "report.html").write_text(f"<p>the report of {name} ±</p>")
@@ -298,7 +306,7 @@ BAD = {
     "a file": (dict(names=[], typed="README.md"), "is a file"),
     "a hub name offline": (dict(names=[], typed="someone/some-model"), "without a network"),
     "too long": (dict(names=["gpt2"], prompt="word " * 300), "context of 256 .*shorten it"),
-    "log": (dict(names=["badlog"]), "log.jsonl line 1 is not JSON"),
+    "no step yet": (dict(names=["begun"]), "begun has no checkpoint yet"),
 }
 
 
@@ -318,10 +326,63 @@ def test_bad_input_is_one_line(name, page, monkeypatch):
 
 
 @needs_streamlit
+def test_a_broken_log_costs_its_own_curve_only(page):
+    write(page, ["badlog", "llama"])
+    assert len(texts(page)) == 2 and not page.error
+    assert ["log.jsonl line 1 is not JSON" in w.value for w in page.warning] == [True]
+    points = [point for chart in page.get("vega_lite_chart") for point in drawn(chart)]
+    assert {point["run"] for point in points if "run" in point} == {"llama"}
+
+
+@needs_streamlit
+def test_what_is_missing_is_said(page):
+    assert sum("Press Write first" in c.value for c in page.caption) == 2  # in two tabs
+    write(page, ["hollow"])
+    assert any("curve begins" in c.value for c in page.caption)
+    write(page, [])
+    assert ["Choose a run" in w.value for w in page.warning] == [True]
+    write(page, ["llama"])
+    assert not page.warning and not any("Press Write" in c.value for c in page.caption)
+
+
+@needs_streamlit
+def test_a_log_is_read_again_only_when_it_was_written(runs, tmp_path, monkeypatch):
+    from nanoswitch import log
+
+    reads, read = [], log.read_run
+    monkeypatch.setattr(log, "read_run", lambda path: reads.append(path) or read(path))
+    run = shutil.copytree(runs / "llama", tmp_path / "run")
+    page = open_page(monkeypatch, tmp_path).run()
+    assert len(reads) == 1 and page.caption[1].value.startswith("validation loss 8.125")
+    with (run / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "val_loss": 7.5}\n')
+    page.run()
+    assert len(reads) == 2 and page.caption[1].value.startswith("validation loss 7.500")
+
+
+@needs_streamlit
+def test_the_choice_stays_when_another_run_gets_newer(runs, tmp_path, monkeypatch):
+    for age, name in enumerate(("gpt2", "llama")):
+        shutil.copytree(runs / name, tmp_path / name)
+        os.utime(tmp_path / name / "latest", (time.time() - age - 9,) * 2)
+    page = write(open_page(monkeypatch, tmp_path), ["gpt2"])
+    os.utime(tmp_path / "llama" / "latest")
+    page.run()
+    assert page.multiselect[0].options == ["llama", "gpt2"]
+    assert page.multiselect[0].value == ["gpt2"] and len(texts(page)) == 1
+
+
+@needs_streamlit
 def test_no_runs_is_said_and_one_can_still_be_named(tmp_path, runs, monkeypatch):
     page = open_page(monkeypatch, tmp_path / "nowhere")
     assert not page.exception and not page.error
-    assert "no runs in" in page.info[0].value and "train_gpt2.py" in page.code[0].value
+    assert "no runs in" in page.info[0].value
+    config = tomllib.loads((ROOT / "configs" / "quickstart.toml").read_text())
+    assert page.code[0].value.splitlines() == [
+        f"python fineweb.py --source pydocs --vocab_size {config['vocab_size']} "
+        f"--out {config['data_dir']}",
+        "python train_gpt2.py configs/quickstart.toml",
+    ]
     write(page, [], typed=str(runs / "llama"))
     assert len(texts(page)) == 1
 

@@ -7,6 +7,7 @@ The browser's tests are skipped, with the reason, where one of these is missing.
 """
 
 import base64
+import json
 import math
 import os
 import re
@@ -332,6 +333,32 @@ def test_a_broken_log_costs_its_own_curve_only(page):
     assert ["log.jsonl line 1 is not JSON" in w.value for w in page.warning] == [True]
     points = [point for chart in page.get("vega_lite_chart") for point in drawn(chart)]
     assert {point["run"] for point in points if "run" in point} == {"llama"}
+
+
+def luminance(colour):
+    """WCAG 2's relative luminance of "rgb(r, g, b)"."""
+    channels = [int(x) / 255 for x in re.findall(r"\d+", colour)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+# Streamlit's own backgrounds, which .streamlit/config.toml keeps
+@needs_streamlit
+@pytest.mark.parametrize(
+    "theme, paper", [("light", "rgb(255, 255, 255)"), ("dark", "rgb(23, 22, 20)")]
+)
+def test_attention_can_be_read_in_light_and_in_dark(theme, paper, page):
+    page.context["theme"] = theme
+    write(page, ["llama"])
+    marks = [json.loads(chart.proto.spec)["mark"] for chart in page.get("vega_lite_chart")]
+    [ink] = [mark["color"] for mark in marks if mark["type"] == "rect"]
+    low, high = sorted(map(luminance, (ink, paper)))
+    assert (high + 0.05) / (low + 0.05) > 7  # WCAG's AAA, where a weight is 1
+
+
+def test_the_browser_chooses_between_light_and_dark():
+    config = tomllib.loads((ROOT / ".streamlit" / "config.toml").read_text())
+    assert config["theme"].keys() == {"light", "dark"}  # another key would be one theme for all
 
 
 @needs_streamlit

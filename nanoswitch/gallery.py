@@ -34,7 +34,7 @@ A file here is a choice of a switch: `--attention NAME`, or of `--mlp`, `--norm`
 
 `prove` checks causality, cache, precisions, compiler, counts, checkpoints, ranks and cards. Costs
 are what a variant in every layer adds to GPT-2 124M with RoPE: parameters, training FLOPs a token,
-cache bytes a token, and the memory of a forward and backward pass of one sequence in bf16.
+cache bytes a token, and the memory that one more sequence of a batch takes in training, in bf16.
 """
 
 
@@ -52,7 +52,7 @@ def card_cells(card):
     """A proof card -> the checks that hold, and what each cost grows by."""
     held = [one["holds"] for proof in card["proofs"] for one in proof["checks"].values()]
     costs = card["proofs"][-1]["costs"]  # of a file for several switches all together
-    wanted = ("parameters", "training FLOPs a token", "cache bytes a token", "bytes of a pass")
+    wanted = ("parameters", "training FLOPs a token", "cache bytes a token", "bytes of a sequence")
     return [
         f"{sum(held)} of {len(held)}",
         *(f"{costs[what][1] / costs[what][0] - 1:+.1%}" if costs else "-" for what in wanted),

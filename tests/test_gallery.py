@@ -39,7 +39,12 @@ def rows(text):
 
 def test_a_card_is_shown_with_what_fails_and_what_it_costs(tmp_path):
     def proof(checks, refuses, factor):
-        names = ("parameters", "training FLOPs a token", "cache bytes a token", "bytes of a pass")
+        names = (
+            "parameters",
+            "training FLOPs a token",
+            "cache bytes a token",
+            "bytes of a sequence",
+        )
         return {
             "choice": {}, "refuses": refuses, "speed": None,
             "checks": {str(i): {"holds": held, "says": ""} for i, held in enumerate(checks)},

@@ -12,8 +12,8 @@ It buys time and a cache that do not grow with the text, and a memory that can b
 Recall of exact strings is worse, so mix it: `--attention_pattern
 gated_deltanet,gated_deltanet,gated_deltanet,full`. Pitfalls: it knows order without an encoding and
 takes no rotation; its layers refuse biased encodings, windows and document_mask. Chunks of 64
-tokens are products in fp32, one chunk after another, where fla-org has kernels of its own: a pass
-of GPT-2 124M takes 2.6 times the memory of plain attention's.
+tokens are products in fp32, one chunk after another, where fla-org has kernels of its own: in
+training a sequence takes 3.8 times the memory that it takes in GPT-2 124M.
 """
 
 import torch.nn as nn

@@ -283,6 +283,7 @@ def check_ranks(ranks, plain, data, run):
         torch.testing.assert_close(ours[name], reference[name], rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow  # CI has test_parallel.py's, ddp among its modes
 def test_two_ranks_train_as_one(plain, data, tmp_path):
     check_ranks(2, plain, data, tmp_path / "run")
 

@@ -53,6 +53,7 @@ from nanoswitch.parallel import (
     whole_weights,
 )
 from nanoswitch.progress import Meter, clock, due, launched
+from nanoswitch.registry import unknown
 from nanoswitch.shards import val_text
 from nanoswitch.signals import StopSignal
 from nanoswitch.tokenizer import bits_per_byte, get_tokenizer, token_bytes
@@ -161,8 +162,7 @@ class TrainConfig:
         choices = {"optimizer": OPTIMIZERS, "muon_coefficients": COEFFICIENTS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                valid = ", ".join(known)
-                raise ValueError(f"{name} '{getattr(self, name)}' is none of: {valid}")
+                raise unknown(name, getattr(self, name), known)
         for name in ("min_lr_frac", "cooldown_frac", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")

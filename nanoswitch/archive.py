@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from nanoswitch import cli
 from nanoswitch.files import write_beside
-from nanoswitch.log import DIVERGED_MARK, ITEMS, read_run
+from nanoswitch.log import DIVERGED_MARK, ITEMS, read_run, whole_lines
 
 ALSO = DIVERGED_MARK, ITEMS  # what compare.py reads beside a log
 
@@ -63,8 +63,7 @@ def main():
             continue
         place = out / log.parent.relative_to(source)
         place.mkdir(parents=True, exist_ok=True)
-        *lines, _ = log.read_text(encoding="utf-8").split("\n")  # the last one may be half there
-        lines = thin([line for line in lines if line], config.every)
+        lines = thin([line.decode() for line in whole_lines(log) if line], config.every)
         with write_beside(str(place / "log.jsonl")) as file:
             file.write("".join(f"{line}\n" for line in lines).encode())
         for name in ALSO:

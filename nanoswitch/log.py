@@ -259,16 +259,21 @@ class Run:
         return np.interp(steps, [0, *done], spent).tolist()
 
 
+def whole_lines(path):
+    """The lines of a log, as bytes, without the last one, which a kill may have left half there."""
+    return path.read_bytes().split(b"\n")[:-1]
+
+
 def read_run(folder):
     """The Run of a run folder, or None when its log has no whole line yet; ValueError for a foreign
     one."""
     path = Path(folder) / "log.jsonl"
-    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    if len(lines) == 1:
+    lines = whole_lines(path) if path.is_file() else []
+    if not lines:
         return None
     start, values = None, {}
     for number, line in enumerate(lines, 1):
-        if not line or number == len(lines):  # the last one may be half there
+        if not line:
             continue
         try:
             entry = json.loads(line)

@@ -8,6 +8,7 @@ eager code, torch's own counter of operations.
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import shutil
@@ -441,16 +442,23 @@ def sequence_bytes(config):
     return (many - few) // 8
 
 
-def costs(choice):
-    """Of GPT-2 124M with rope: {what: [without the variant, with it]}."""
-    made = [GPTConfig(**{"pos": "rope"} | changes) for changes in ({}, choice)]
-    models = [counts.on_meta(config) for config in made]
+@functools.cache
+def cost(**choice):
+    """Of GPT-2 124M with rope and a variant: {what: number}."""
+    config = GPTConfig(**{"pos": "rope"} | choice)
+    model = counts.on_meta(config)
     return {
-        "parameters": [m.num_params() for m in models],
-        "training FLOPs a token": [counts.flops_per_token(m) for m in models],
-        "cache bytes a token": [counts.kv_bytes_per_token(m) for m in models],
-        "bytes of a sequence": [sequence_bytes(config) for config in made],
+        "parameters": model.num_params(),
+        "training FLOPs a token": counts.flops_per_token(model),
+        "cache bytes a token": counts.kv_bytes_per_token(model),
+        "bytes of a sequence": sequence_bytes(config),
     }
+
+
+def costs(choice):
+    """{what: [without the variant, with it]}."""
+    without, with_it = cost(), cost(**choice)
+    return {what: [without[what], with_it[what]] for what in without}
 
 
 def costs_table(found):

@@ -544,14 +544,18 @@ class Visitor:
     def wait(self):
         until(lambda: self.all("[data-testid=stApp][data-test-script-state=notRunning]"))
 
+    def one(self, selector, text=""):
+        """The first of these that is to be seen, waited for: a side bar slides in."""
+        return until(lambda: next((e for e in self.all(selector) if text in e.text), None))
+
     def pick(self, name):
-        box = self.all("[data-testid=stMultiSelect] input")[0]
+        box = self.one("[data-testid=stMultiSelect] input")
         box.send_keys(name + "\n\ue004")  # tab: the list closes
         until(lambda: name in [e.text for e in self.all("h3")])
         self.wait()
 
     def type(self, name):
-        self.all("[data-testid=stTextInput] input")[0].send_keys(name + "\n")
+        self.one("[data-testid=stTextInput] input").send_keys(name + "\n")
         until(lambda: name in [e.text for e in self.all("h3")])
         self.wait()
 
@@ -559,7 +563,7 @@ class Visitor:
         """Pull the slider of the tokens to its left end, which makes writing quick."""
         from selenium.webdriver import ActionChains, Keys
 
-        slider = next(e for e in self.all("[data-testid=stSlider]") if "Tokens" in e.text)
+        slider = self.one("[data-testid=stSlider]", "Tokens")
         hidden = slider.find_element("css selector", "input")
         self.driver.execute_script("arguments[0].focus()", hidden)
         ActionChains(self.driver).send_keys(Keys.HOME).perform()
@@ -568,7 +572,7 @@ class Visitor:
 
     def write(self):
         """Press the button -> the texts, each with the line about its model."""
-        next(e for e in self.all("button") if e.text == "Write").click()
+        self.one("button", "Write").click()
         until(lambda: len(self.all(OUTCOMES)) == len(self.all("h3")))
         self.wait()
         return [e.text for e in self.all("[data-testid=stHtml]")]
@@ -595,7 +599,7 @@ def test_text_streams_another_model_is_chosen_and_both_side_by_side(chromium, ur
     assert len(lengths) > 3 and lengths == sorted(lengths)  # it grew while one looked
 
     page.one_token()
-    page.all("[data-testid=stMultiSelect] input")[0].send_keys("\ue003")  # backspace
+    page.one("[data-testid=stMultiSelect] input").send_keys("\ue003")  # backspace
     until(lambda: not page.all("h3"))
     page.pick("llama")
     (other,) = page.write()
@@ -607,7 +611,7 @@ def test_text_streams_another_model_is_chosen_and_both_side_by_side(chromium, ur
     assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
     assert page.all("[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg")
     for tab, seen in (("Next token", "stDataFrame"), ("Attention", "stVegaLiteChart")):
-        next(e for e in page.all("[role=tab]") if e.text == tab).click()
+        page.one("[role=tab]", tab).click()
         until(lambda seen=seen: len(page.all(f"[data-testid={seen}]")) == 2)
     assert len(page.all("[data-testid=stImage] img")) == 8  # a thumbnail a head
     assert not page.all("[data-testid=stException]")

@@ -496,9 +496,9 @@ def report(groups, config, tuned=None, searched=None, climbed=None):
             html_page(found, finished, tuned or {}, config, unfinished, climbed),
         )
         if config.multiples:
-            losses = score_lengths(finished, config.multiples)
-            write(out / "lengths.md", lengths_table(losses))
-            write(out / "lengths.json", json.dumps(losses, indent=1))
+            for scores in score_lengths(finished, config.multiples):  # kept as far as they are
+                write(out / "lengths.md", lengths_table(scores))
+                write(out / "lengths.json", json.dumps(scores, indent=1))
     print_short(found)
     if "tuned" in found:
         print(f"each at its own {searched['flag']}:")

@@ -36,28 +36,33 @@ SCORES = {"prose": (prose, 1), "repeat": (repeat, 2)}  # how, and how often a ro
 
 
 def score_lengths(groups, multiples):
-    """{name: Runs} -> {"prose", "repeat": {name: {context: [of each seed]}}} in nats: the
-    validation loss of the last checkpoints in windows of `context` tokens, the same text at every
-    length, and the gain of a repeat. None where positions end."""
-    found = {score: {name: {} for name in groups} for score in SCORES}
+    """{name: Runs} -> after each name {"prose", "repeat": {name: {context: [of each seed]}}} of
+    those done, in nats: the validation loss of the last checkpoints in windows of `context`
+    tokens, the same text at every length, and the gain of a repeat. None where positions end."""
+    found = {score: {} for score in SCORES}
     for name, runs in groups.items():
         lengths = [runs[0].config["block_size"] * k for k in multiples]
         scored = [score_run(run, lengths) for run in runs]
-        for score, T in scored[0]:
-            values = [one[score, T] for one in scored]
-            found[score][name][T] = None if None in values else values
-    return found
+        for score in SCORES:
+            found[score][name] = {}
+            for T in lengths:
+                values = [one[score, T] for one in scored]
+                found[score][name][T] = None if None in values else values
+        yield found
 
 
 def score_run(run, lengths):
     """{(score, T): that of a run's last checkpoint in windows of T tokens, or None}."""
     device = pick_device(run.config.get("device", "auto"))
     model = GPT.from_pretrained(run.folder).to(device).eval()
-    return {
+    scores = {
         (score, T): score_length(run, model, device, T, *how)
         for score, how in SCORES.items()
         for T in lengths
     }
+    prose = [(scores["prose", T], T) for T in lengths if scores["prose", T] is not None]
+    print(f"{run.folder}:", ", ".join("{:.4f} at {}".format(*each) for each in prose), flush=True)
+    return scores
 
 
 def score_length(run, model, device, T, make, times):
@@ -88,7 +93,7 @@ TEXTS = {
 
 
 def lengths_table(found):
-    """score_lengths()'s dict -> lengths.md."""
+    """A dict of score_lengths() -> lengths.md."""
     parts = []
     for score, of in found.items():
         lengths = list(next(iter(of.values())))

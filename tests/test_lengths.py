@@ -36,7 +36,10 @@ def losses(model, row):
 
 def test_both_scores_equal_sums_token_by_token(runs):
     models, groups = runs
-    found = score_lengths(groups, [1, 2])
+    rows = []
+    for found in score_lengths(groups, [1, 2]):
+        rows.append(list(found["prose"]))  # what is done is there while the rest is scored
+    assert rows == [["learned"], ["learned", "rope"]]
     for pos, T in (("learned", 24), ("rope", 24), ("rope", 48)):
         windows = 150 // T
         prose, gains = [], []

@@ -138,7 +138,7 @@ def draw_ladder(found, path):
         mean = np.array([row[metric]["mean"] for row in rows])
         spread = [row[metric]["sd"] or 0.0 for row in rows]
         left.errorbar(compute, mean, yerr=spread, fmt="o", ms=4, color=color, label=name)
-        if name in curves:
+        if name in curves and curves[name]["fit"]:
             fit = {key: curves[name]["fit"][key]["mean"] for key in ("E", "A", "alpha")}
             x = np.geomspace(compute.min(), compute.max(), 100)
             left.plot(x, fit["E"] + fit["A"] * x ** -fit["alpha"], color=color, lw=1)

@@ -116,17 +116,18 @@ def finite(x):
 
 
 def ladder(losses, draws=DRAWS, seed=0):
-    """{name: {compute: {seed: loss}}} with three sizes or more -> {name: {"fit": {"E", "A",
-    "alpha", each a "mean" and "ci95"}, "equal_flops", "equal_tokens", each {"gain": [{"compute",
-    "mean", "ci95"}], "trend"}}}.
+    """{name: {compute: {seed: loss}}} -> {name: {"fit": {"E", "A", "alpha", each a "mean" and
+    "ci95"}, "equal_flops", "equal_tokens", each {"gain": [{"compute", "mean", "ci95"}], "trend"}}}.
 
-    The first name's config is the reference. trend: grows, holds or shrinks, by the 95% interval of
-    the slope of log gain over log compute. A gain without end is None."""
-    sizes = {len(of) for of in losses.values()}
-    if min(sizes) < 3:
-        raise ValueError("a ladder needs three sizes of each config: with two any curve fits")
-    if len(sizes) > 1:
-        raise ValueError("the configs of a ladder have different numbers of sizes")
+    The first name's config is the reference: it has three sizes or more, and the others at least
+    the two smallest; with two, their own fit is None. trend: grows, holds or shrinks, by the 95%
+    interval of the slope of log gain over log compute. A gain without end is None."""
+    first = next(iter(losses))
+    sizes = {name: len(of) for name, of in losses.items()}
+    if sizes[first] < 3:
+        raise ValueError(f"a ladder needs three sizes of {first}: with two any curve fits")
+    if min(sizes.values()) < 2 or max(sizes.values()) > sizes[first]:
+        raise ValueError(f"the other configs need two sizes or more, and none that {first} lacks")
     seeds = sorted(set.intersection(*(set(of) for by in losses.values() for of in by.values())))
     if not seeds:
         raise ValueError("the sizes and configs of a ladder have no seed in common")
@@ -135,19 +136,21 @@ def ladder(losses, draws=DRAWS, seed=0):
         for name, by in losses.items()
     }
     means = redrawn(measured, seeds, draws, np.random.default_rng(seed))
-    first = next(iter(losses))
-    reference, found = fit(measured[first][0], means[first]), {}
+    its, found = measured[first][0], {}
+    reference = fit(its, means[first])
     for name, (compute, _) in measured.items():
-        curve = fit(compute, means[name])
-        numbers = {
-            key: {"mean": float(curve[0, i]),
-                  "ci95": pairs(*interval(curve[:, [i]], len(seeds)))[0]}
-            for i, key in enumerate(("E", "A", "alpha"))
-        }  # fmt: skip
+        numbers = None
+        if len(compute) > 2:
+            curve = fit(compute, means[name])
+            numbers = {
+                key: {"mean": float(curve[0, i]),
+                      "ci95": pairs(*interval(curve[:, [i]], len(seeds)))[0]}
+                for i, key in enumerate(("E", "A", "alpha"))
+            }  # fmt: skip
         found[name] = {"fit": numbers, "equal_flops": None, "equal_tokens": None}
         if name != first:
             needed = compute_for(means[name], reference)  # (1 + draws, sizes)
-            for way, spent in (("equal_flops", compute), ("equal_tokens", measured[first][0])):
+            for way, spent in (("equal_flops", compute), ("equal_tokens", its[: len(compute)])):
                 found[name][way] = gains(compute, needed / spent, len(seeds))
     return found
 
@@ -184,6 +187,9 @@ class Rule:
 
     widths: list
     """n_embd of each size, from the smallest; three or more"""
+    others: int = 0
+    """how many of the sizes, from the smallest, the configs but the first train at: the first one's
+    curve needs three, a row two; 0 = all"""
     width_per_layer: float = 32
     """n_layer = n_embd / this"""
     width_per_head: float = 32
@@ -204,6 +210,8 @@ class Rule:
         whole = isinstance(self.widths, list) and all(type(w) is int for w in self.widths)
         if not whole or len(self.widths) < 3 or self.widths != sorted(set(self.widths)):
             raise ValueError(f"widths is {self.widths}; give three or more, rising: [96, 128, 192]")
+        if self.others not in (0, *range(2, len(self.widths) + 1)):
+            raise ValueError(f"others is {self.others}; give 0, or 2 to {len(self.widths)} sizes")
         for name in ("width_per_layer", "width_per_head", "tokens_per_parameter"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -278,7 +286,9 @@ class Ladder:
         config, rule = self.config, self.rule
         base = [config.base] if config.base else []
         factor, own, steps = (width / rule.widths[0]) ** rule.rate_power, {}, None
-        for path in config.inputs:
+        shared = width in rule.widths[: rule.others or None]
+        inputs = config.inputs if shared else config.inputs[:1]
+        for path in inputs:
             known = cli.given([*base, path, *self.flags], configs=True)
             argv = {k: v for k, v in rule.flags.items() if k not in known} | rule.sizes(width)
             found = flat([*base, path, *self.flags, *words(argv)])
@@ -292,7 +302,7 @@ class Ladder:
             argv |= {key: float(f"{rate * factor:.3g}") for key, rate in own_rates.items()}
             own[path] = words(argv)
         out = str(Path(config.out) / f"n_embd_{width}")
-        config = dataclasses.replace(config, out=out, tune=self.tune, ladder="")
+        config = dataclasses.replace(config, inputs=inputs, out=out, tune=self.tune, ladder="")
         return Study(config, read_entries(config, self.flags, own))
 
     @property
@@ -334,8 +344,8 @@ class Ladder:
         return found + [job for study in larger for job in study.jobs()]
 
     def do(self):
-        """Train all that is missing -> the groups of the largest size that the first config has
-        finished, and {}."""
+        """Train all that is missing -> the groups of the largest size of all configs that the
+        first one has finished, and {}."""
         self.climb()
         if not self.ready:
             failed = self.failed
@@ -346,7 +356,7 @@ class Ladder:
                 "finished: run the same command without --report_only"
             )
         self.studies[0].train(self.jobs())
-        return self.groups()[self.top()], {}
+        return self.groups()[: self.rule.others or None][: self.top() + 1][-1], {}
 
     def groups(self):
         """[{name: Runs that have begun}] of each size."""
@@ -377,7 +387,7 @@ class Ladder:
         groups = self.groups()[: self.top() + 1]
         first = self.studies[0].entries[0].name
         for name in groups[0]:
-            if not all(any(run.finished for run in by[name]) for by in groups):
+            if not all(any(run.finished for run in by[name]) for by in groups if name in by):
                 lagging.append(name)
         for width, by in zip(self.rule.widths, groups, strict=False):
             done = {n: [run for run in runs if run.finished] for n, runs in by.items()}
@@ -491,7 +501,7 @@ def trends(curves):
     rows = []
     for name, one in curves.items():
         ways = [one[way] and one[way]["trend"] for way in ("equal_flops", "equal_tokens")]
-        numbers = [one["fit"][key] for key in ("E", "alpha")]
+        numbers = [one["fit"] and one["fit"][key] for key in ("E", "alpha")]
         rows.append([name, *(way or "-" for way in ways), *map(gain_text, numbers)])
     note = (
         "What the gain does as compute grows: it grows or shrinks where the 95% interval of its "

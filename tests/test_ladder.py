@@ -3,6 +3,7 @@ that are written instead of training."""
 
 import json
 import math
+import os
 import random
 import re
 
@@ -116,8 +117,20 @@ def test_what_no_compute_reaches_is_none_and_json():
 
 def test_two_sizes_are_no_ladder():
     losses = {"first": made(lambda c: 1, compute=COMPUTE[:2])}
-    with pytest.raises(ValueError, match="three sizes"):
+    with pytest.raises(ValueError, match="three sizes of first"):
         ladder.ladder(losses)
+    losses = {"first": made(lambda c: 1), "row": made(lambda c: 2, compute=COMPUTE[:1])}
+    with pytest.raises(ValueError, match="two sizes or more"):
+        ladder.ladder(losses)
+
+
+def test_a_row_may_stop_at_two_sizes():
+    losses = {"first": made(lambda c: 1), "row": made(lambda c: 2, compute=COMPUTE[:2] * 1.3)}
+    row = ladder.ladder(losses, draws=20)["row"]
+    assert row["fit"] is None
+    for way, gain in (("equal_flops", 2), ("equal_tokens", 2.6)):
+        means = [one["mean"] for one in row[way]["gain"]]
+        assert means == pytest.approx([gain] * 2, rel=1e-3)
 
 
 # ----------------------------------------------------------------------------- runs
@@ -174,6 +187,19 @@ def test_heads_of_every_size_can_be_the_same(climb, tmp_path):
     logs = list(tmp_path.glob("out/n_embd_*/*/*/*/log.jsonl"))
     configs = [json.loads(path.read_text().splitlines()[0])["config"] for path in logs]
     assert {(c["n_embd"], c["n_head"]) for c in configs} == {(w, 4) for w in WIDTHS}
+
+
+def test_the_others_may_stop_below_the_first(climb, tmp_path):
+    done, trainer = climb(others=2)
+    found = read(tmp_path / "out")
+    largest = [name for name in trainer.trained if f"n_embd_{WIDTHS[2]}" in name]
+    assert len(largest) == 3 and all(f"{os.sep}a{os.sep}" in name for name in largest)
+    gains = found["ladder"]["curves"]["b"]["equal_flops"]["gain"]
+    assert [one["mean"] for one in gains] == pytest.approx([1.5] * 2, rel=0.2)
+    assert found["configs"]["b"]["compute_gain"]["mean"] == gains[1]["mean"]
+    assert not found["ladder"]["lagging"] and "b is worth" in done.stdout
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "| a | 64 |" in text and "| b | 64 |" not in text and "| b | holds | holds | - |" in text
 
 
 def read(folder):
@@ -279,6 +305,7 @@ def test_a_plan_of_a_ladder_trains_nothing(climb, tmp_path):
         ({"widht": 3}, [], "did you mean widths?"),
         ({"n_layer": 3}, [], "leave it out"),
         ({"tune": '"beta1"'}, [], "lr or muon_lr"),
+        ({"others": 1}, [], "give 0, or 2 to 3 sizes"),
         ({"tokens_per_parameter": '"ten"'}, [], "is 'ten'; it must be a number"),
         ({"tune": 3}, [], "tune is 3; it must be a text"),
         ({}, ["--n_embd", 8], "--n_embd follows from the ladder"),

@@ -111,7 +111,9 @@ def fits_by_trying(trainer, size):
 
 def memory_left(trainer, size):
     """Bytes of the card still free at the peak of a forward and backward pass over `size`
-    sequences, with AdamW's two moments beside it."""
+    sequences, beside gradients of the pass before it and AdamW's two moments."""
+    for w in trainer.model.parameters():
+        w.grad = torch.zeros_like(w)
     torch.cuda.reset_peak_memory_stats()
     moments = torch.empty(2, trainer.model.num_params(), device=trainer.device)  # noqa: F841
     x, y = trainer.load(trainer.train, np.arange(size) % trainer.train.count)

@@ -436,8 +436,7 @@ def on_fake_cards(chosen, part="variants", shim=None):
 
 
 def sequence_bytes(config):
-    """What one more sequence adds to the memory of a training step in bf16. Of 8 to 16 sequences:
-    fewer hide behind the gradients of large matrices, which are not there yet at the peak."""
+    """What one more sequence adds to the memory of a training step in bf16."""
     few, many = (counts.pass_bytes(config, B, torch.bfloat16) for B in (8, 16))
     return (many - few) // 8
 

@@ -165,6 +165,21 @@ def test_bytes_of_a_pass_are_those_of_a_process():
     assert counted[1] - counted[0] == pytest.approx(grown[1] - grown[0], rel=0.15)
 
 
+def test_bytes_of_a_pass_are_those_of_a_steps_second_one():
+    """Counted as the tensors of two passes come and go, with real numbers."""
+    config = GPTConfig(
+        block_size=8, vocab_size=4096, vocab_used=4096, n_layer=2, n_head=2, n_embd=64
+    )
+    idx = torch.zeros(2, 8, dtype=torch.long)
+    with counts.Storages() as storages:
+        model = GPT(config).train()
+        model(idx, idx)[1].backward()
+        storages.peak = storages.now
+        model(idx, idx)[1].backward()
+    held = 2 * 4 * sum(w.numel() for w in model.parameters())
+    assert counts.pass_bytes(config, 2) == pytest.approx(storages.peak - held, rel=0.02)
+
+
 def test_the_documents_table_is_current():
     text = SWITCHES.read_text()
     shown = re.search(r"<!-- switches -->\n(.*)<!-- /switches -->", text, re.S)[1]

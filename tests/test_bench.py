@@ -94,6 +94,7 @@ def test_a_table_shows_large_figures_in_full():
     ]
 
 
+@pytest.mark.slow  # a second whole bench
 def test_sides_that_disagree_are_not_timed(peer, capsys):
     with pytest.raises(ValueError, match=r"differ in the loss .* nothing was timed"):
         run("train", f"--peer={peer(error=0.01)}", "--micro_batch=2")
@@ -166,6 +167,7 @@ def test_a_folder_that_is_no_peer_is_refused(tmp_path):
         bench.peer_name(bench.BenchConfig("train", peer=str(tmp_path)))
 
 
+@pytest.mark.slow  # a second whole bench
 def test_a_side_that_fails_says_why(peer):
     folder = peer()
     (folder / "train_gpt2.py").write_text("class GPTConfig: pass\n")

@@ -45,7 +45,7 @@ def test_gpt2_in_bf16_takes_what_its_tensors_take():
     a_token = 12 * 768 * (2 * (4 + 2) + 6 + 2 + 16 + 2 * 4)
     assert (many - one) / (56 * 1024) == pytest.approx(a_token, rel=0.25)
     fits = micro_batch.fits_by_count
-    assert fits(plan, 64) and fits(plan, 128) and not fits(plan, 256)  # of 79 GiB
+    assert fits(plan, 128) and not fits(plan, 256)  # of 79 GiB
 
 
 def test_a_card_is_known_by_its_name_and_by_no_place_on_this_machine():

@@ -262,6 +262,7 @@ def test_a_killed_ladder_goes_on_without_a_run_lost_or_repeated(climb, tmp_path)
     assert read(tmp_path / "out") == read(tmp_path / "whole")
 
 
+@pytest.mark.slow  # test_study.py's merge is in CI
 def test_two_machines_share_a_ladder_by_its_configs(climb, tmp_path):
     climb(folder="whole")
     climb(folder="out", names="a")

@@ -32,7 +32,7 @@ try:
 except ModuleNotFoundError:  # main() says it: importing this file needs no streamlit
     st = None
 
-INKS = {"light": (8, 48, 107), "dark": (140, 196, 255)}  # red, green, blue of an attention weight
+INK = (46, 123, 224)  # red, green, blue of an attention weight: seen on white and on black alike
 TOP = 5  # likeliest tokens shown at each step
 PICTURED = 32  # first tokens of the prompt whose attention is drawn: more would be unreadable
 SCORES = {
@@ -226,10 +226,9 @@ def show_attention(name, reply):
         for i, q in enumerate(names) for j, k in enumerate(names[: i + 1])
     ]  # fmt: skip
     axes = {"sort": names, "title": None, "axis": alt.Axis(labelExpr="split(datum.label, ' ')[1]")}
-    ink = INKS.get(st.context.theme.type, INKS["light"])  # on the page's own background
     what = f"attention of head {head} in layer {layer}: a row is a token, a column what it reads"
     chart = alt.Chart(alt.Data(values=cells), height=360, description=what).mark_rect(
-        color=f"rgb{ink}", stroke="gray", strokeOpacity=0.2
+        color=f"rgb{INK}", stroke="gray", strokeOpacity=0.2
     ).encode(
         alt.X("key:N", **axes), alt.Y("query:N", **axes),
         alt.FillOpacity("weight:Q", scale=alt.Scale(domain=[0, 1], range=[0, 1]), legend=None),
@@ -239,7 +238,7 @@ def show_attention(name, reply):
     times = math.ceil(84 / len(names))  # pixels a token
     w = weights.clamp(0, 1).repeat_interleave(times, 1).repeat_interleave(times, 2)
     w = torch.nn.functional.pad(w, (6, 6, 6, 6))  # the page rounds a picture's corners
-    inks = torch.tensor(ink).expand(*w.shape, 3)
+    inks = torch.tensor(INK).expand(*w.shape, 3)
     pictures = torch.cat([inks, (w * 255)[..., None]], dim=3)  # (nh, T', T', red to opacity)
     st.image(list(pictures.byte().numpy()), [f"head {i}" for i in range(len(w))], width=96)
 

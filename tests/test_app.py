@@ -342,18 +342,15 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-# Streamlit's own backgrounds, which .streamlit/config.toml keeps
 @needs_streamlit
-@pytest.mark.parametrize(
-    "theme, paper", [("light", "rgb(255, 255, 255)"), ("dark", "rgb(23, 22, 20)")]
-)
-def test_attention_can_be_read_in_light_and_in_dark(theme, paper, page):
-    page.context["theme"] = theme
+def test_attention_can_be_read_in_light_and_in_dark(page):
+    """In one colour for both: a chart that is open stays as it is when the theme changes."""
     write(page, ["llama"])
     marks = [json.loads(chart.proto.spec)["mark"] for chart in page.get("vega_lite_chart")]
     [ink] = [mark["color"] for mark in marks if mark["type"] == "rect"]
-    low, high = sorted(map(luminance, (ink, paper)))
-    assert (high + 0.05) / (low + 0.05) > 7  # WCAG's AAA, where a weight is 1
+    for paper in ("rgb(255, 255, 255)", "rgb(23, 22, 20)"):  # Streamlit's, which our themes keep
+        low, high = sorted(map(luminance, (ink, paper)))
+        assert (high + 0.05) / (low + 0.05) > 3  # WCAG 1.4.11, where a weight is 1
 
 
 def test_the_browser_chooses_between_light_and_dark():

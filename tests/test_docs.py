@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from builders import GPT2_VOCABULARY, grown, tiny, write_jsonl, write_step
 
 import fineweb
@@ -29,7 +30,8 @@ from nanoswitch import cli, hf, registry, switches
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
-DOCUMENTS = [*PAGES, NOTEBOOK]
+LAUNCH = ROOT / "sky.yaml"
+DOCUMENTS = [*PAGES, NOTEBOOK, LAUNCH]
 LINKED = [*PAGES, *sorted(set(ROOT.glob("*.md")) - {ROOT / "README.md"})]
 NEEDS = re.compile(r"# .*\bneeds? ")
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
@@ -47,6 +49,9 @@ def commands(path):
     lines = []
     if path == NOTEBOOK:
         return re.findall(r"^!(python .*)$", "\n".join(map(source, code_cells())), re.M)
+    if path == LAUNCH:
+        task = yaml.safe_load(path.read_text())
+        return (task["setup"] + task["run"]).splitlines()
     for block in blocks(path.read_text()):
         if block[0].startswith(("#!", "from ", "model.py ")):
             continue
@@ -114,7 +119,7 @@ class Parsed(BaseException):
 
 def script(argv):
     """A command of ours -> its module's name and its arguments; None for another program's."""
-    if argv[0] == "torchrun":
+    if "torchrun" in argv:  # perhaps in a container
         [place] = [i for i, word in enumerate(argv) if word == "train_gpt2.py"]
         return "train_gpt2", argv[place + 1 :]
     if argv[0] in ("python", "python3") and argv[1] == "-m":

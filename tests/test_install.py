@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
@@ -87,3 +88,61 @@ def test_an_installed_package_works_from_elsewhere(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "lib" / "model.py")
+
+
+# ----------------------------------------------------------------------------- Dockerfile, sky.yaml
+
+
+def steps(instruction):
+    """The arguments of these instructions of the Dockerfile, continued lines joined."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    return re.findall(rf"^{instruction} (.*)$", text, re.M)
+
+
+def copies():
+    """[(file or folder of ours, its place in the image)], of each COPY of the Dockerfile."""
+    lines = [line.split() for line in steps("COPY")]
+    found = [(list(ROOT.glob(name)), line[-1]) for line in lines for name in line[:-1]]
+    assert all(paths for paths, _ in found), "a COPY of nothing"
+    return [(path, target) for paths, target in found for path in paths]
+
+
+def test_the_image_has_every_module_folder_and_config():
+    names = {path.name for path, _ in copies()}
+    tool = PYPROJECT["tool"]["setuptools"]
+    ours = [f"{name}.py" for name in tool["py-modules"]] + tool["packages"]
+    assert names == {*ours, "configs", "requirements.txt"}
+
+
+@pytest.mark.slow  # 10 s
+def test_the_images_files_are_enough_to_work(tmp_path):
+    for path, target in copies():
+        if path.is_dir():
+            shutil.copytree(path, tmp_path / target)
+        else:
+            shutil.copy(path, tmp_path / target)
+    done = subprocess.run(
+        [sys.executable, "-c", INSTALLED], cwd=tmp_path, capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "model.py")
+
+
+def test_the_image_and_the_launch_file_take_what_was_tested():
+    docker, sky, ci = (
+        (ROOT / name).read_text() for name in ("Dockerfile", "sky.yaml", ".github/workflows/ci.yml")
+    )
+    [tested] = re.findall(r'python-version: "(\S+)"', ci)
+    assert SpecifierSet(PROJECT["requires-python"]).contains(tested)
+    assert [v.removesuffix("-slim") for v in steps("FROM")] == [f"python:{tested}"]
+    assert re.findall(r"--python (\S+)", sky) == [tested]
+    for text in (docker, sky):  # the pins are those of this file, and no others
+        assert "uv pip install" in text and "-r requirements.txt" in text
+        assert "==" not in text and "torch=" not in text
+    [build] = [arg.removeprefix("TORCH_BACKEND=cu") for arg in steps("ARG") if "TORCH" in arg]
+    [locked] = re.findall(
+        r"^cuda-toolkit==(\d+)\.(\d)", (ROOT / "requirements.lock").read_text(), re.M
+    )
+    assert build == "".join(locked)  # torch's own default
+    assert steps("USER")[-1] not in ("root", "0")

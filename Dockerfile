@@ -14,5 +14,5 @@ COPY variants variants
 COPY configs configs
 RUN useradd --create-home --uid $USER_ID trainer && mkdir data runs && chown trainer data runs
 USER trainer
-ENV TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+ENV TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 CMD ["python", "train_gpt2.py", "--help"]

@@ -225,7 +225,8 @@ def show_attention(name, reply):
         {"query": q, "key": k, "weight": round(weights[head, i, j].item(), 3)}
         for i, q in enumerate(names) for j, k in enumerate(names[: i + 1])
     ]  # fmt: skip
-    axes = {"sort": names, "title": None, "axis": alt.Axis(labelExpr="split(datum.label, ' ')[1]")}
+    words = alt.Axis(labelExpr="split(datum.label, ' ')[1]", labelOverlap=False)  # every token
+    axes = {"sort": names, "title": None, "axis": words}
     what = f"attention of head {head} in layer {layer}: a row is a token, a column what it reads"
     chart = alt.Chart(alt.Data(values=cells), height=360, description=what).mark_rect(
         color=f"rgb{INK}", stroke="gray", strokeOpacity=0.2

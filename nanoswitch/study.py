@@ -206,7 +206,8 @@ class Study:
             self.tuned[entry.name] = entry, folder
 
     def trial(self, entry):
-        """-> the function of a value of --tune that makes its run, or None where it cannot be."""
+        """-> the function of a value of --tune that makes its run, or None where it cannot be. On
+        all of the steps, that of the config's own value is a run of the comparison itself."""
         flag, frac = self.config.tune, self.config.tune_frac
         steps = steps_of(entry.flags)
         quick = {
@@ -216,6 +217,9 @@ class Study:
         }  # fmt: skip
 
         def job(value):
+            if frac == 1 and value == entry.flags[flag]:
+                folder = self.out / "runs" / entry.name / f"seed_{self.first_seed}"
+                return entry.job(folder, self.first_seed)
             folder = self.out / "tune" / entry.name / f"{flag}_{value}"
             try:
                 with contextlib.redirect_stderr(io.StringIO()):

@@ -236,6 +236,15 @@ def test_every_config_is_trained_at_every_size_by_the_rule(climb, tmp_path):
     assert "b is worth" in done.stdout
 
 
+def test_a_search_on_all_steps_takes_the_runs_of_the_comparison(climb, tmp_path):
+    _, trainer = climb("--tune_frac", 1, names="a")  # whose best rate is the common one
+    tried = {path.name for path in tmp_path.glob("out/n_embd_*/tune/a/*")}
+    assert tried == {"lr_0.00707", "lr_0.0141", "lr_0.005", "lr_0.01"}  # beside 0.01, and 0.00707
+    assert len(trainer.trained) == len(set(trainer.trained)) == 3 * 3 + 2 + 2
+    row = read(tmp_path / "out")["ladder"]["search"]["configs"]["a"]
+    assert row["best"] == 0.01 and set(row["losses"]) == {"0.00707", "0.01", "0.0141"}
+
+
 def checks(found):
     return [
         one | {"factor": pytest.approx(one["best"] / one["rule"], rel=0.02)}

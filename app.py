@@ -326,7 +326,7 @@ def page(config, slot):
     st.header("nanoswitch", anchor=False)
     st.caption("Base models: they continue a text, they do not answer")
     chosen, options = choose(config.runs), settings() | {"device": config.device}
-    prompt = st.text_area("Prompt", sample.SampleConfig("").prompt, max_chars=20_000, height=80)
+    prompt = st.text_area("Prompt", sample.SampleConfig("").prompt, max_chars=20_000, height=100)
     if pressed := st.button("Write", type="primary"):
         st.session_state.replies = {name: Reply(prompt) for name in chosen}
         if not chosen:

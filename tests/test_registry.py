@@ -109,3 +109,9 @@ def test_a_template_that_starts_at_one_is_the_baseline():
         for p in model.parameters():
             torch.nn.init.ones_(p) if p.dim() < 2 else torch.nn.init.eye_(p.data)
     assert torch.equal(plain(idx)[0], other(idx)[0])
+
+
+def test_a_copy_of_the_template_works_as_it_is(variant_file):
+    variant_file("copied", (ROOT / "variants" / "template.py").read_text() + "Wrong = Template")
+    model = grown(tiny(attention="copied", settings="copied.start=0.25"), std=0.0)
+    assert model.transformer.h[0].attn.scale.weight.tolist() == [0.25] * model.config.n_head

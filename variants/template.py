@@ -25,13 +25,15 @@ import torch.nn as nn
 
 from model import Attention
 
+NAME = __name__.rpartition(".")[2]  # of this file, also once it is copied
+
 
 class Template(Attention):
-    settings = {"start": 1.0}  # numbers of its own: --settings template.start=0.5
+    settings = {"start": 1.0}  # numbers of its own: --settings NAME.start=0.5
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        start = config.own_settings["template"]["start"]  # by the file's name
+        start = config.own_settings[NAME]["start"]
         self.scale = HeadScale(torch.full((self.nh,), start), self.hs)
 
     def output(self, y, x, carry):

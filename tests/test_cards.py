@@ -1,19 +1,16 @@
 """Planning for a card that is not here: bytes and memory against numbers worked out by hand."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import run_main
 from tiny_runs import make_data
 
+import train_gpt2
 from model import GPTConfig
 from nanoswitch import cards, counts, micro_batch
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_bytes_moved_are_those_that_operators_read_and_write():
@@ -55,25 +52,25 @@ def test_a_card_is_known_by_its_name_and_by_no_place_on_this_machine():
         assert cards.named_card(device) is None
 
 
-def test_a_card_that_is_not_here_is_planned_for(tmp_path):
+def test_a_card_that_is_not_here_is_planned_for(tmp_path, capsys):
     make_data(tmp_path / "data")
     flags = dict(
         n_layer=2, n_head=2, n_embd=32, block_size=16, total_batch_tokens=128, val_tokens=64,
         data_dir=tmp_path / "data", run_dir=tmp_path / "run",
     )  # fmt: skip
-    line = [sys.executable, "train_gpt2.py", *(f"--{k}={v}" for k, v in flags.items())]
+    line = [f"--{k}={v}" for k, v in flags.items()]
 
     def run(*more):
-        return subprocess.run([*line, *more], cwd=ROOT, capture_output=True, text=True)
+        return run_main(train_gpt2.main, *line, *more), capsys.readouterr()
 
-    shown = run("--dry_run=true", "--device=cuda:t4").stdout
+    shown = run("--dry_run=true", "--device=cuda:t4")[1].out
     assert "dtype float16" in shown and "device cuda:t4" in shown
     found = re.findall(r"micro_batch +(\d+): +[\d.]+ GiB, at most ([\d,]+) tokens/s", shown)
     assert [int(size) for size, _ in found] == [1, 2, 4, 8]
     speeds = [int(speed.replace(",", "")) for _, speed in found]
     assert speeds == sorted(speeds)
-    wrong = run("--dry_run=true", "--device=cuda:h1")
-    assert wrong.returncode == 1 and "4090" in wrong.stderr
-    refused = run("--device=cuda:h100")
-    assert refused.returncode == 1 and "--dry_run true" in refused.stderr
+    status, said = run("--dry_run=true", "--device=cuda:h1")
+    assert status == 1 and "4090" in said.err
+    status, said = run("--device=cuda:h100")
+    assert status == 1 and "--dry_run true" in said.err
     assert not (tmp_path / "run").exists()

@@ -149,6 +149,7 @@ print((peak() - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads Linux's /proc")
 def test_bytes_of_a_pass_are_those_of_a_process():
     config = GPTConfig(n_layer=4, n_embd=256, n_head=4, vocab_size=4096, vocab_used=4096)

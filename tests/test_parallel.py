@@ -303,7 +303,9 @@ def test_a_run_folder_that_the_ranks_do_not_share_is_refused(folder, tmp_path, m
         t.train(made)
 
 
-@pytest.mark.parametrize("gigabytes, size", [(1000, 32), (8, 8), (1, 1)])
+@pytest.mark.parametrize(
+    "gigabytes, size", [(1000, 32), (8, 8), pytest.param(1, 1, marks=pytest.mark.slow)]
+)
 def test_fsdp_on_cuda_takes_what_fits_by_formula(monkeypatch, gigabytes, size):
     """124M on 2 ranks: 1 GB of state each, 0.5 GB gathered, 0.4 GB of activations a sequence."""
     made = t.Trainer.__new__(t.Trainer)

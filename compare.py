@@ -54,6 +54,7 @@ from nanoswitch.study import (
     show_plan,
 )
 from nanoswitch.sweep import INCIDENTAL
+from nanoswitch.tune import FLAT
 from train_gpt2 import TrainConfig
 
 
@@ -545,7 +546,8 @@ def tuned_text(found, match, missing):
     parts = [f"## Each at its own {flag}", "\n".join(lines)]
     parts.append(
         f"Found with seed {searched['seed']} on {searched['frac']:g} of the steps: factors of "
-        f"sqrt 2 around the common {flag}, widened until the best is inside."
+        f"sqrt 2 around the common {flag}, widened until the best is inside; of values within "
+        f"{FLAT:g} nats of it the one nearest to the common one."
     )
     parts.append(f"![loss against {flag}](tune.png)")
     if "tuned" in found:

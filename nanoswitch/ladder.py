@@ -23,6 +23,7 @@ from nanoswitch.counts import num_params
 from nanoswitch.log import LOSSES
 from nanoswitch.progress import markdown, short
 from nanoswitch.study import Study, flat, model_of, name_of, read_entries
+from nanoswitch.tune import FLAT
 from train_gpt2 import TrainConfig
 
 # ----------------------------------------------------------------------------- fits
@@ -529,7 +530,8 @@ def rates(found):
         rows.append([name, best, f"{seen['rule']:g}", f"{seen['best']:g}", lost, says])
     note = (
         f"Searches with seed {search['seed']} on {search['frac']:g} of the steps, in factors of "
-        f"sqrt 2, widened until the best is inside. All runs take the rule's rate: where the best "
+        f"sqrt 2, widened until the best is inside; of rates within {FLAT:g} nats of it the one "
+        f"nearest to the config's own. All runs take the rule's rate: where the best "
         f"at {next_size} is more than one factor away, the gains of larger sizes are those of a "
         f"wrong rate, and rate_power should change."
     )

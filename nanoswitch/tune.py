@@ -1,6 +1,7 @@
 """Each config's own best value of a flag, by one rule for all: factors of sqrt(2) around its own
-value, one seed, widened until the best is inside. What a kill left is continued: every value is a
-run folder, and the rule reads nothing but their logs."""
+value, one seed, widened until the best is inside. Of values within FLAT of the least loss the one
+nearest to the own value is the best: across a flat valley the noise of a seed would walk far.
+What a kill left is continued: every value is a run folder, and the rule reads nothing but logs."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from nanoswitch.sweep import last_line
 
 STEP = math.sqrt(2)
 MOST = 13  # values of one config: factors of 64 in all
+FLAT = 0.005  # nats; the seeds of one config differ by more
 
 
 @dataclass
@@ -31,8 +33,11 @@ class Search:
 
     @property
     def best(self):
-        """The place of the least loss, the lower one of equals; None before there is any."""
-        return min(sorted(self.losses), key=self.losses.get, default=None)
+        """The place nearest to the base with the least loss or FLAT above it, the lower one of two
+        that are as near; None before there is any."""
+        least = min(self.losses.values(), default=None)
+        good = [at for at in sorted(self.losses) if self.losses[at] <= least + FLAT]
+        return min(good, key=abs, default=None)
 
     def wanted(self):
         """The places to try next; none once the best is inside."""

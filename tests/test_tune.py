@@ -65,6 +65,13 @@ def test_the_best_of_a_valley_is_found_and_lies_inside(tmp_path, bottom):
     assert len(values) <= 3 + 2 * abs(math.log2(bottom / 0.001)) + 1
 
 
+def test_across_a_flat_valley_the_own_value_stays(tmp_path):
+    """A slope of 0.002 a factor of 2 is less than what two seeds differ by."""
+    found = searches(tmp_path, trained := [], a=lambda value: 4 - 0.002 * math.log2(value))
+    tune.search(found, train)
+    assert found["a"].result()["best"] == 0.001 and len(trained) == 3
+
+
 def test_a_killed_search_goes_on_without_a_run_lost_or_repeated(tmp_path):
     whole = searches(tmp_path / "whole", [], a=valley(0.004), b=valley(0.0005))
     tune.search(whole, train)
@@ -119,7 +126,7 @@ def test_whole_numbers_and_edges_end(tmp_path):
     found = searches(tmp_path, [], base=2, a=lambda value: float(value))
     tune.search(found, train)
     assert found["a"].result()["best"] == 1  # 0 is none, and 1 is tried once
-    found = searches(tmp_path, [], b=lambda value: -value)
+    found = searches(tmp_path, [], b=lambda value: -1e4 * value)
     tune.search(found, train)
     result = found["b"].result()
     assert not result["inside"] and len(result["losses"]) == tune.MOST

@@ -161,11 +161,15 @@ class Study:
         """train() for a search, where a value that diverges is an answer and no failure."""
         self.failed += [line for line in self.sweep(jobs) if DIVERGED not in line]
 
+    def folder_of(self, entry):
+        """The folder of a config's seeds at its own flags."""
+        return self.out / "runs" / entry.name
+
     def places(self, tuned):
         """-> {name: (Entry, folder of its seeds)}"""
         if tuned:
             return self.tuned
-        return {entry.name: (entry, self.out / "runs" / entry.name) for entry in self.entries}
+        return {entry.name: (entry, self.folder_of(entry)) for entry in self.entries}
 
     def jobs(self, tuned=False):
         """Seed by seed, so that all configs have their first seed soon."""
@@ -198,7 +202,7 @@ class Study:
         if None in own.values():
             return
         for entry in self.entries:
-            value, folder = own[entry.name], self.out / "runs" / entry.name
+            value, folder = own[entry.name], self.folder_of(entry)
             if value != entry.flags[flag]:  # else those runs are the same
                 argv = [*entry.argv, f"--{flag}={value}"]
                 entry = Entry(entry.name, argv, flat(argv), entry.seen)
@@ -218,8 +222,7 @@ class Study:
 
         def job(value):
             if frac == 1 and value == entry.flags[flag]:
-                folder = self.out / "runs" / entry.name / f"seed_{self.first_seed}"
-                return entry.job(folder, self.first_seed)
+                return entry.job(self.folder_of(entry) / f"seed_{self.first_seed}", self.first_seed)
             folder = self.out / "tune" / entry.name / f"{flag}_{value}"
             try:
                 with contextlib.redirect_stderr(io.StringIO()):

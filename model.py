@@ -240,6 +240,11 @@ class NoPosition(nn.Module):
     def bias(self, q_pos, k_pos):
         """(Tq,), (Tk,) -> (nh, Tq, Tk) added to the attention scores, or None."""
 
+    def flex_bias(self, q_pos, k_pos):
+        """The bias for FlexAttention: the same tensor, or a function of a score and its place that
+        reads no tensor of Tq x Tk."""
+        return self.bias(q_pos, k_pos)
+
     @property
     def no_decay(self):
         """Names of this module's own parameters that weight decay leaves alone, whatever their
@@ -340,6 +345,10 @@ class Alibi(NoPosition):
     def bias(self, q_pos, k_pos):
         slopes = self.slopes(q_pos.device)
         return -slopes[:, None, None] * distances(q_pos, k_pos)  # (nh, Tq, Tk)
+
+    def flex_bias(self, q_pos, k_pos):
+        slopes = self.slopes(q_pos.device)
+        return lambda score, b, h, i, j: score - slopes[h] * (q_pos[i] - k_pos[j])
 
 
 class Kerple(NoPosition):
@@ -495,8 +504,9 @@ class Attention(nn.Module):
         plain = k_pos is pos or (T == 1 and not cache.ring.static)
         if plain and bias is None and docs is None and not flex:
             return None
-        make, added = flex_mask if flex else attention_mask, bias and bias(pos, k_pos)
-        return make(pos, k_pos, self.window, added, *(docs or ()))
+        if flex:
+            return flex_mask(pos, k_pos, self.window, wpe.flex_bias(pos, k_pos), *(docs or ()))
+        return attention_mask(pos, k_pos, self.window, bias and bias(pos, k_pos), *(docs or ()))
 
     def new_cache(self, length):
         """What this layer keeps of up to `length` positions."""

@@ -564,7 +564,7 @@ def train(trainer):
         meter = Meter(trainer, log, start)
         with StopSignal(ranks.first) as signal, log:
             for done in range(start + 1, last + 1):
-                meter.waiting.append((done, launched(trainer.step(done - 1, signal.number))))
+                meter.waiting.append((done, *launched(trainer.step(done - 1, signal.number))))
                 stop = meter.read() or (signal.number and not ranks.distributed)
                 saved = stop or due(config.checkpoint_every, done, last)
                 if saved:

@@ -6,6 +6,7 @@ stands beside our figure: a reference, a prediction or a total.
 """
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -91,20 +92,33 @@ def finish(device):
 def gpu_tests(s):
     """`pytest -m gpu`, and by name each test that fails."""
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "--tb=line", *s["tests"]]
+    if importlib.util.find_spec("xdist"):  # they wait for processes and the compiler, not the card
+        command += ["-n", str(min(8, os.cpu_count()))]
     lines, found = [], {}
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT) as process:  # fmt: skip
         for line in process.stdout:
             lines.append(line)
             print(line, end="", file=sys.stderr)
-            if match := re.match(r"(tests/\S+?::.*) (PASSED|FAILED|ERROR|SKIPPED)", line):
-                found[match[1]] = match[2]
-                if match[2] in ("FAILED", "ERROR"):
-                    yield row(f"{match[2].lower()}: {match[1].strip()}", met=False)
+            if match := read_result(line):
+                name, result = match
+                found[name] = result
+                if result in ("FAILED", "ERROR"):
+                    yield row(f"{result.lower()}: {name}", met=False)
     passed = sum(result == "PASSED" for result in found.values())
     yield row("tests that pass, of all", passed, len(found), "all", passed == len(found) > 0)
     if process.returncode and not found:
         raise ValueError(f"pytest ran nothing: {lines[-1].strip() if lines else 'no output'}")
+
+
+def read_result(line):
+    """A line of pytest's, by one process or by several -> (a test's name, how it ended) or None."""
+    ends = "(PASSED|FAILED|ERROR|SKIPPED)"
+    if match := re.match(rf"\[gw\d+\] \[ *\d+%\] {ends} (tests/\S+?::.*)", line):
+        return match[2].strip(), match[1]
+    if match := re.match(rf"(tests/\S+?::.*) {ends}", line):
+        return match[1].strip(), match[2]
+    return None
 
 
 def baseline(s):
@@ -112,8 +126,10 @@ def baseline(s):
 
 
 def attention(s):
-    """Every position encoding under the masks of s["masks"], [(window, document_mask)]."""
-    for (window, documents), pos in itertools.product(s["masks"], POSITIONS):
+    """The position encodings, or of n shares the i-th, (i, n) = s["share"], under the masks of
+    s["masks"], [(window, document_mask)]."""
+    i, n = s.get("share", (0, 1))
+    for (window, documents), pos in itertools.product(s["masks"], [*POSITIONS][i::n]):
         yield compare(pos, window, documents, s)
 
 

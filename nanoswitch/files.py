@@ -37,6 +37,12 @@ def prepare_out(path, name):
         raise ValueError(f"--out {path} is a folder; name a file: {os.path.join(path, name)}")
 
 
+def python_path(folder):
+    """PYTHONPATH for a process that imports from `folder`, and then from where this one does."""
+    before = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(folder), *([before] if before else [])])
+
+
 @contextlib.contextmanager
 def locked(path, busy="", shared=False):
     """Inside, this process holds the kernel's lock on a file or folder that exists; it goes with

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from nanoswitch.device import pick_device
-from nanoswitch.files import read_json, say, write_beside
+from nanoswitch.files import python_path, read_json, say, write_beside
 from nanoswitch.shards import load_shards
 
 ROOT = Path(__file__).parent.parent
@@ -31,14 +31,15 @@ MASKS = [(0, False), (0, True), (256, False), (256, True)]  # (window, document_
 
 FULL = dict(
     model=GPT2, small_model=dict(n_layer=2, n_head=4, n_embd=256, block_size=1024), masks=MASKS,
-    copied=2**32, size=64, micro_steps=2, tokens=2**19, sizes=(32, 64, 128, 256), rounds=3,
-    items=10042, new_tokens=256, longest=16384, first_size=8, first_steps=5, seconds=260,
+    shares=2, copied=2**32, size=64, micro_steps=2, tokens=2**19, sizes=(32, 64, 128, 256),
+    rounds=3, items=10042, new_tokens=256, longest=16384, first_size=8, first_steps=5, seconds=230,
     max_steps=100_000, checkpoint_every=20, val_tokens=2**20, tests=["tests"],
 )  # fmt: skip
 SMALL = FULL | dict(
-    model=TINY, small_model=TINY, masks=[(w and 16, d) for w, d in MASKS], copied=2**24, size=2,
-    micro_steps=1, tokens=512, sizes=(2, 4), rounds=1, items=10, new_tokens=16, longest=1024,
-    first_size=2, seconds=40, max_steps=200, checkpoint_every=5, val_tokens=256,
+    model=TINY, small_model=TINY, masks=[(w and 16, d) for w, d in MASKS], shares=1,
+    copied=2**24, size=2, micro_steps=1, tokens=512, sizes=(2, 4), rounds=1, items=10,
+    new_tokens=16, longest=1024, first_size=2, seconds=40, max_steps=200,
+    checkpoint_every=5, val_tokens=256,
 )  # fmt: skip
 
 
@@ -105,26 +106,30 @@ def plan(config, sizes):
 
     training = {} if device == "cuda" else dict(micro_batch=sizes["size"])
     fineweb = [sys.executable, str(ROOT / "fineweb.py"), "--source=pydocs", f"--out={data}"]
+    attention = [
+        check("attention", masks=[mask], share=(i, sizes["shares"]))
+        for mask in sizes["masks"] for i in range(sizes["shares"])
+    ]  # fmt: skip
     no_card = "" if device == "cuda" else f"the device is {device}"
     return [
         Part("data", 40, [fineweb], skip="--data has it" if config.data else ""),
         Part("machine", 40, [check("machine")]),
         Part("baseline", 60, [check("baseline")], vital=True),
-        Part("gpu tests", 120, [check("gpu_tests")], skip=no_card),
-        Part("attention", 180, [check("attention", masks=[m]) for m in sizes["masks"]], True),
-        Part("train build-nanogpt", 140,
+        Part("gpu tests", 160, [check("gpu_tests")], skip=no_card),
+        Part("attention", 180, attention, True),
+        Part("train build-nanogpt", 130,
              bench("train", "train build-nanogpt", "build-nanogpt", **training)),
-        Part("train nanoGPT", 130, bench("train", "train nanoGPT", "nanoGPT", **training),
+        Part("train nanoGPT", 120, bench("train", "train nanoGPT", "nanoGPT", **training),
              skip=absent("nanoGPT")),
-        Part("profile", 60, [check("profile")]),
-        Part("memory", 130, [check("memory", size=size) for size in sizes["sizes"]]),
-        Part("hellaswag", 80,
+        Part("profile", 50, [check("profile")]),
+        Part("memory", 120, [check("memory", size=size) for size in sizes["sizes"]]),
+        Part("hellaswag", 120,
              bench("hellaswag", "hellaswag", "build-nanogpt", items=sizes["items"], data=items)),
         Part("generate", 50,
              bench("generate", "generate", "nanoGPT", new_tokens=sizes["new_tokens"])),
-        Part("scaling", 110, bench("scaling", "scaling", longest=sizes["longest"])),
-        Part("first steps", 50, [check("first_steps")]),
-        Part("run", 300, [check("run")]),
+        Part("scaling", 100, bench("scaling", "scaling", longest=sizes["longest"])),
+        Part("first steps", 60, [check("first_steps")]),
+        Part("run", 270, [check("run")]),
     ]  # fmt: skip
 
 
@@ -185,7 +190,7 @@ def do(part, out, limit):
         return {"status": "skipped", "seconds": 0, "note": part.skip, "rows": []}
     (out / f"{part.name}.bench.json").unlink(missing_ok=True)  # of an earlier try
     begin, notes, texts = time.monotonic(), [], []
-    own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    own = {"PYTHONPATH": python_path(ROOT), "PYTHONUNBUFFERED": "1"}
     with open(out / f"{part.name}.log", "w") as log:
         running = []
         for command in part.commands:

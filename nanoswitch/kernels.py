@@ -155,10 +155,13 @@ def flex(q, k, v, mask, dropout):
     if not isinstance(mask, tuple):  # with a cache: it would compile anew for every length
         return sdpa(q, k, v, mask, dropout)
     block_mask, bias = mask
-    score_mod = None if bias is None else lambda score, b, h, i, j: score + bias[h, i, j]
+    score_mod, options = bias, None
+    if isinstance(bias, torch.Tensor):
+        score_mod = lambda score, b, h, i, j: score + bias[h, i, j]  # noqa: E731
+        options = {"num_stages": 1}  # three blocks of it at once are too many for shared memory
     outside = q.is_cuda and not torch.compiler.is_compiling()  # unfused unless compiled
     attend, grouped = compiled_flex() if outside else flex_attention, q.size(1) != k.size(1)
-    return attend(q, k, v, score_mod, block_mask, enable_gqa=grouped)
+    return attend(q, k, v, score_mod, block_mask, enable_gqa=grouped, kernel_options=options)
 
 
 @functools.cache
@@ -167,9 +170,10 @@ def compiled_flex():
 
 
 def flex_mask(q_pos, k_pos, window, bias, q_doc=None, k_doc=None):
-    """attention_mask in the form that flex takes: a BlockMask, and the bias (nh, Tq, Tk). Positions
-    and documents must rise, so that a block's first and last tell about all of it: torch's own
-    create_block_mask first makes the whole mask, 8 bytes for each of B Tq Tk."""
+    """attention_mask in the form that flex takes: a BlockMask, and the bias (nh, Tq, Tk) or as a
+    function of a score and its place. Positions and documents must rise, so that a block's first
+    and last tell about all of it: torch's own create_block_mask first makes the whole mask, 8 bytes
+    for each of B Tq Tk."""
 
     def visible(b, h, i, j):
         distance = q_pos[i] - k_pos[j]

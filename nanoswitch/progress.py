@@ -8,19 +8,34 @@ from nanoswitch.counts import flops_per_token
 from nanoswitch.device import peak_flops
 
 
+def moment(device):
+    """A moment of a device's work: on a card not the host's, which may be a step ahead."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin, end):
+    """Of two moments that have been."""
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+
+
 def launched(numbers):
     """Numbers (n,) on a device that may still be at work on them, on their way to the host -> a
-    function that waits for them only, not for what the device was given later -> n floats."""
-    on_cuda = numbers.device.type == "cuda"
-    numbers = numbers.to("cpu", non_blocking=on_cuda)
-    arrived = torch.cuda.current_stream().record_event() if on_cuda else None
+    function that waits for them only, not for what the device was given later -> n floats; and the
+    moment when they are there."""
+    device = numbers.device
+    numbers = numbers.to("cpu", non_blocking=device.type == "cuda")
+    arrived = moment(device)
 
     def read():
-        if arrived:
+        if device.type == "cuda":
             arrived.synchronize()
         return numbers.tolist()
 
-    return read
+    return read, arrived
 
 
 def due(every, done, last):
@@ -30,18 +45,18 @@ def due(every, done, last):
 class Meter:
     """Takes the steps' numbers from the device to the log.
 
-    waiting: steps done or under way, (number, function that reads its numbers). A card is at its
-    next step while the host reads those of the one before."""
+    waiting: steps done or under way, (number, function that reads its numbers, moment of its end).
+    A card is at its next step while the host reads those of the one before."""
 
     def __init__(self, trainer, log, start):
         self.trainer, self.log, self.first = trainer, log, start + 1
-        self.waiting, self.begin, self.average = [], time.perf_counter(), None
+        self.waiting, self.begin, self.average = [], moment(trainer.device), None
         self.peak, self.flops = peak_flops(trainer.device), flops_per_token(trainer.model)
 
     def read(self):
         """Log the steps but the last, and that too on CPU or if something else is due after it ->
         whether any rank was told to stop."""
-        config, (done, _), stop = self.trainer.config, self.waiting[-1], False
+        config, (done, *_), stop = self.trainer.config, self.waiting[-1], False
         intervals = (
             config.eval_every, config.hellaswag_every, config.sample_every, config.checkpoint_every,
         )  # fmt: skip
@@ -51,11 +66,10 @@ class Meter:
             stop = self.report(*self.waiting.pop(0)) or stop
         return stop
 
-    def report(self, done, read):
+    def report(self, done, read, end):
         config, last = self.trainer.config, self.trainer.max_steps
         loss, norm, stop = read()
-        seconds = time.perf_counter() - self.begin
-        self.begin += seconds
+        seconds, self.begin = seconds_between(self.begin, end), end
         self.average = 0.9 * (self.average or seconds) + 0.1 * seconds
         rate, speed = self.trainer.rate(done - 1), config.total_batch_tokens / seconds
         world = self.trainer.ranks.world
@@ -78,7 +92,7 @@ class Meter:
     def skip_pause(self):
         """Leave what came after the last step out of the next one's time."""
         if not self.waiting:
-            self.begin = time.perf_counter()
+            self.begin = moment(self.trainer.device)
 
 
 def markdown(head, rows):

@@ -32,7 +32,7 @@ from model import GPT, POSITIONS, GPTConfig
 from nanoswitch import cli, counts, hf
 from nanoswitch.cache import KVCache
 from nanoswitch.device import autocast
-from nanoswitch.files import write_beside
+from nanoswitch.files import python_path, write_beside
 from nanoswitch.load import load_model
 from nanoswitch.log import provenance
 from nanoswitch.registry import flags_of, place_in_variant, unknown, variants
@@ -413,7 +413,7 @@ def on_fake_cards(chosen, part="variants", shim=None):
     """The trainer, generation and scoring with each choice on two kinds of card that are not there:
     {card: the lines that cases.py prints}, both at once."""
     with tempfile.TemporaryDirectory() as folder:
-        own = {"LD_PRELOAD": str(shim or build_shim(folder)), "PYTHONPATH": str(ROOT)}
+        own = {"LD_PRELOAD": str(shim or build_shim(folder)), "PYTHONPATH": python_path(ROOT)}
         own |= {"OMP_NUM_THREADS": "1"}
         running = {
             card: subprocess.Popen(

@@ -91,6 +91,16 @@ def test_a_second_call_goes_on_and_named_parts_run_again(tmp_path, capsys):
     assert counts() == [1, 2]
 
 
+def test_parts_find_the_packages_that_this_process_finds(tmp_path, monkeypatch):
+    """A card's machine may have some in a folder of their own, named by PYTHONPATH."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "carried.py").write_text(f"LINE = {GOOD!r}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"))
+    code = "import carried, nanoswitch.files; print(carried.LINE)"
+    work([Part("a", 20, [[sys.executable, "-c", code]])], tmp_path)
+    assert result(tmp_path, "a")["status"] == "done"
+
+
 def test_all_ends_where_the_baseline_is_wrong(tmp_path):
     wrong = python('print(\'{"figure": "loss", "met": false}\')')
     later = Part("later", 20, [python(f"print('{GOOD}')")])
@@ -113,8 +123,10 @@ def test_the_parts_stand_in_order_and_fill_25_minutes(tmp_path):
     assert sum(part.limit for part in parts) <= 25 * 60
     assert [part.name for part in parts if part.vital] == ["baseline"]
     settings = [json.loads(c[-1]) for c in parts[4].commands]
-    masks = [mask for s in settings for mask in s["masks"]]
-    assert masks == [[0, False], [0, True], [256, False], [256, True]]
+    masks = [s["masks"] for s in settings]
+    assert masks == [m for m in ([[0, False]], [[0, True]], [[256, False]], [[256, True]])
+                     for _ in range(2)]  # fmt: skip
+    assert [s["share"] for s in settings] == [[0, 2], [1, 2]] * 4
     assert all(s["small_model"]["block_size"] == 1024 for s in settings)
     assert [json.loads(c[-1])["size"] for c in parts[8].commands] == [32, 64, 128, 256]
     for part in parts:  # every flag of bench.py is one
@@ -177,8 +189,28 @@ def settings(tmp_path):
     return s | dict(model=small | dict(block_size=16), small_model=small | few)
 
 
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("tests/test_a.py::test_b[{'c': 1, 'd': 'e'}] PASSED   [ 12%]",
+         ("tests/test_a.py::test_b[{'c': 1, 'd': 'e'}]", "PASSED")),
+        ("[gw3] [  7%] FAILED tests/test_a.py::test_b[x y] ",
+         ("tests/test_a.py::test_b[x y]", "FAILED")),
+        ("tests/test_a.py::test_b[x y] ", None),
+        ("FAILED tests/test_a.py::test_b - assert 1 == 2", None),
+    ],
+)  # fmt: skip
+def test_results_are_read_of_one_process_and_of_several(line, found):
+    assert card_checks.read_result(line) == found
+
+
 def test_every_encoding_and_mask_is_compared(settings):
     rows = list(card_checks.attention(settings))
+    assert len(rows) == 4 * len(POSITIONS)
+    shares = [card_checks.attention(settings | dict(share=(i, 3))) for i in range(3)]
+    assert sorted(row["figure"] for share in shares for row in share) == sorted(
+        row["figure"] for row in rows
+    )
     names = {row["figure"].removeprefix("loss by ") for row in rows}
     assert names == {
         pos + window + documents

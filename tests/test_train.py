@@ -424,7 +424,27 @@ def test_a_kill_in_a_checkpoint_loses_nothing(dropped, data, tmp_path, monkeypat
     assert_same_run(run, dropped)
 
 
-def test_progress_fits_80_columns_and_a_log_file(data, tmp_path, monkeypatch, capsys):
+def test_steps_that_are_read_at_once_have_each_its_own_time(data, tmp_path):
+    """As before a checkpoint on a card: the host reads two steps together, long after the first."""
+
+    class Moment:
+        def __init__(self, milliseconds):
+            self.at = milliseconds
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    made = trainer(data, tmp_path / "run", total_batch_tokens=512, checkpoint_every=2)
+    meter = progress.Meter(made, Log(tmp_path, 0, False), 0)
+    made.device, meter.begin = torch.device("cuda"), Moment(100.0)
+    speeds, meter.log.step = [], lambda **line: speeds.append(line["tok_per_s"])
+    for done, end in ((1, 1100.0), (2, 1600.0)):
+        meter.waiting.append((done, lambda: (5.0, 1.0, 0), Moment(end)))
+        meter.read()
+    assert speeds == [512, 1024]
+
+
+def test_progress_fits_80_columns_and_a_log_file(data, tmp_path, capsys):
     """With the numbers of a day on eight cards, and with a card that is not known."""
     made = trainer(data, tmp_path / "run", max_steps=19073)
     for speed, peak in ((1.2345e6, 1e15), (12.3e3, None)):
@@ -432,17 +452,14 @@ def test_progress_fits_80_columns_and_a_log_file(data, tmp_path, monkeypatch, ca
         log.say = print
         meter = progress.Meter(made, log, 12344)
         made.config.total_batch_tokens, meter.peak, meter.average = 524288, peak, 60.0
-        monkeypatch.setattr(
-            progress.time, "perf_counter", lambda s=speed, m=meter: m.begin + 524288 / s
-        )
-        meter.report(12345, lambda: (10.8235, 0.553, 0))
+        meter.report(12345, lambda: (10.8235, 0.553, 0), meter.begin + 524288 / speed)
     made.device = torch.device("cuda")
-    meter.report(12345, lambda: (10.8235, 0.553, 0))
+    meter.report(12345, lambda: (10.8235, 0.553, 0), meter.begin + 524288 / speed)
     log.losses.pop()
     log.say = lambda text: print(text)
     log.losses.extend([2.5, 2.6] * 20)
-    meter.report(12346, lambda: (10.82345, 1234.5, 0))
-    meter.report(12347, lambda: (math.nan, math.nan, 0))
+    meter.report(12346, lambda: (10.82345, 1234.5, 0), meter.begin + 524288 / speed)
+    meter.report(12347, lambda: (math.nan, math.nan, 0), meter.begin + 524288 / speed)
     out = capsys.readouterr().out
     lines = [line for line in out.split("\n") if "tok/s" in line]
     assert re.fullmatch(

@@ -83,7 +83,8 @@ def test_what_needs_a_card_passes_on_one_that_is_not_there(shim):
 
 @pytest.mark.slow
 def test_a_compiled_step_is_machine_code_and_takes_no_more_memory_than_an_eager_one(shim):
-    """Inductor, Triton and ptxas for sm_90."""
+    """Inductor, Triton and ptxas for sm_90, and each kernel within the shared memory there is: an
+    H200 refused FlexAttention's with a table of ALiBi's biases."""
     triton = importlib.util.find_spec("triton")
     folder = os.environ.get("TRITON") or (triton and Path(triton.origin).parent.parent)
     if not folder:
@@ -94,14 +95,15 @@ def test_a_compiled_step_is_machine_code_and_takes_no_more_memory_than_an_eager_
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=3600,
     )  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and len(found) == 7
+    assert done.returncode == 0 and len(found) == 8
     for line in found:
         assert not line["error"], line
         assert line["graphs"] == 2 and line["kernels"] > 20, line
         assert line["peak"] <= 1.02 * line["eager"], line
         # what is masked, but by a learned bias, whose gradient it would add up score by score
         masked = {"window", "documents"} & {*line["case"].split()}
-        assert line["flex"] == (bool(masked) and "kerple" not in line["case"]), line
+        chosen = masked and "kerple" not in line["case"]
+        assert line["flex"] == bool("by flex" in line["case"] or chosen), line
 
 
 def test_each_card_takes_the_kernels_of_its_own(found):

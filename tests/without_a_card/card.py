@@ -153,6 +153,9 @@ class Event:
 
     record = wait = synchronize
 
+    def elapsed_time(self, end):
+        return 1.0
+
 
 def ones(x):
     """What a tensor's numbers are taken for where the host reads them."""

@@ -2,7 +2,8 @@
 LD_PRELOAD=shim.so TRITON=folder python inductor.py count 64 '{"n_layer": 12}' ...
 
 What torch.compile makes of a training step for a card of sm_90: Inductor's Triton source, and by
-Triton and ptxas the machine code of every kernel, without a card. Prints a JSON line for each of
+Triton and ptxas the machine code of every kernel, which must fit the card's shared memory, without
+a card. Prints a JSON line for each of
 CASES: {"case", "error", "graphs", "kernels", "flex", "peak", "eager"}; flex: whether FlexAttention
 is among the kernels; peak: the most bytes of storages that are alive at once while the compiled
 code runs on FakeTensors, and eager: without the compiler. test_without_a_card.py starts it.
@@ -50,6 +51,7 @@ CASES = {
     "window": dict(window=256, window_pattern="SL"),
     "window and alibi": dict(window=256, pos="alibi"),
     "window and kerple": dict(window=256, pos="kerple"),
+    "kerple by flex": dict(pos="kerple", attention_kernel="flex"),
     "documents": dict(document_mask=True),
     "documents and window and alibi": dict(document_mask=True, window=256, pos="alibi"),
     "llama": dict(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=4, bias=False),
@@ -153,7 +155,10 @@ def to_machine_code(source):
             meta = tuner._create_compile_meta(tuner.configs[0])
             options = tuner._create_compile_options(tuner.configs[0], meta)
             kernel = ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
-            assert triton.compile(kernel, target=SM_90, options=options).asm["cubin"], name
+            made = triton.compile(kernel, target=SM_90, options=options)
+            assert made.asm["cubin"], name
+            shared, most = made.metadata.shared, H100["shared_memory_per_block_optin"]
+            assert shared <= most, f"{name} takes {shared} bytes of shared memory; {most} are there"
     return len(kernels)
 
 
@@ -173,24 +178,27 @@ def generated(peaks=None):
 
 def step(case, B):
     """A compiled step -> (Inductor's sources, peak bytes); and that of the eager one."""
-    config, peaks = GPTConfig(block_size=T, **case), []
-    with unset_fake_temporarily():
-        model = on_meta(config)
-    model = swap(model, lambda p: torch.empty_like(p, device="cuda"))
-    idx = torch.empty(B, T, dtype=torch.int64, device="cuda")
+    peaks, idx = [], torch.empty(B, T, dtype=torch.int64, device="cuda")
 
-    def run(forward):
+    def on_card(**changes):
+        with unset_fake_temporarily():
+            model = on_meta(GPTConfig(block_size=T, **case | changes))
+        return swap(model, lambda p: torch.empty_like(p, device="cuda"))
+
+    def run(forward, model):
         with autocast(idx.device, torch.bfloat16):
             _, loss = forward(idx, idx)
         loss.backward()
         model.zero_grad()
 
     with Storages() as storages:
+        model = on_card(attention_kernel="auto")  # uncompiled, flex makes all the scores
         for x in model.parameters():
             storages.add(x.untyped_storage())
-        run(model)
+        run(model, model)
     with generated(peaks) as sources:
-        run(compile_model(model, idx.device, fullgraph=True))
+        model = on_card()
+        run(compile_model(model, idx.device, fullgraph=True), model)
     return sources, max(peaks), storages.peak
 
 

@@ -224,6 +224,7 @@ def summary(runs):
         ),
         "tokens": steps[0] * runs[0].config["total_batch_tokens"],
         "lr": runs[0].config.get("lr"),
+        "muon_lr": runs[0].config.get("muon_lr"),
         "val_loss": mean_sd(losses),
         "val_bpb": None if None in bpb else mean_sd(bpb),
         "hellaswag": score,

@@ -452,8 +452,8 @@ def tables(found):
     """found()'s dict -> [(title, head, rows, notes)]: every size, the trends, the rates."""
     curves, sizes, rule = found["curves"] or {}, found["sizes"], found["rule"]
     metric = sizes[0]["results"]["metric"]
-    unit = LOSSES[metric]
-    head = ["config", "n_embd", "parameters", "tokens", "FLOPs", "lr", unit, "difference",
+    unit, rate = LOSSES[metric], rule.get("tune") or "lr"
+    head = ["config", "n_embd", "parameters", "tokens", "FLOPs", rate, unit, "difference",
             "verdict", "gain at equal FLOPs", "gain at equal tokens"]  # fmt: skip
     rows = []
     for i, size in enumerate(sizes):
@@ -466,7 +466,7 @@ def tables(found):
             says = "one seed" if diff["n"] == 1 else diff["verdict"] or "-"
             rows.append([
                 name, str(size["n_embd"]), f"{row['parameters']:,}", short(row["tokens"]),
-                f"{row['flops_per_token'] * row['tokens']:.2e}", f"{row['lr']:g}",
+                f"{row['flops_per_token'] * row['tokens']:.2e}", f"{row[rate]:g}",
                 f"{row[metric]['mean']:.4f}" + (f" ± {spread:.4f}" if spread is not None else ""),
                 *(["-"] * 2 if is_first else [change, says]),
                 *(gain_text(way["gain"][i]) if way else "-" for way in ways),

@@ -101,8 +101,8 @@ def efficient_attention(q, k, v, mask, dropout_p, is_causal):
 math_attention = torch.nn.functional.scaled_dot_product_attention
 
 
-def flex_attention(q, k, v, score_mod, block_mask, enable_gqa=False):
-    """FlexAttention written out: compiled it would need the card."""
+def flex_attention(q, k, v, score_mod, block_mask, enable_gqa=False, kernel_options=None):
+    """FlexAttention written out: compiled it would need the card, whose options these are."""
     (B, nh, Tq, hs), Tk = q.shape, k.size(2)
     assert enable_gqa or q.size(1) == k.size(1) == v.size(1)
     k, v = (x.repeat_interleave(nh // x.size(1), dim=1) for x in (k, v))

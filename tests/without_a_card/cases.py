@@ -5,6 +5,7 @@ Runs the works below on cases enough to hold all pairs of switches, with FakeTen
 is not there, and prints a JSON line each: {"work", "case", "error", "kernels", "grouped"}.
 test_without_a_card.py and nanoswitch/prove.py start it."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -55,6 +56,13 @@ SWITCHES = {
     "attention_kernel": ["auto", "flash", "math", "flex"],
 }
 RUN = {"dtype": ["bfloat16", "float16"], "optimizer": ["adamw", "muon"]}
+# what only the optimizers see, so that it needs no pairs
+STEPS = {"muon_coefficients": ["jordan"], "cautious_decay": [False]}
+OPTIMIZERS = [
+    {"optimizer": "normuon", "cautious_decay": True},
+    {"optimizer": "muon", "muon_coefficients": "polar_express"},
+    {"optimizer": "soap"},
+]
 
 
 def model_config(case):
@@ -126,6 +134,7 @@ def make_trainer(case, folder, world=1):
             data_dir=folder, run_dir=f"{folder}/run", device="cuda", compile="false",
             dtype=case["dtype"], optimizer=case["optimizer"], total_batch_tokens=2 * T * world,
             micro_batch=2, val_tokens=T, max_steps=10, parallel=case.get("parallel", "ddp"),
+            **{name: case[name] for name in STEPS if name in case},
         ),
     )  # fmt: skip
 
@@ -269,7 +278,7 @@ def run(work, case, folder, name):
         error = f"{type(problem).__name__}: {reason} at {where(problem)}"
         if "--debug" in sys.argv:
             traceback.print_exc()
-    changed = {k: v for k, v in case.items() if v != (SWITCHES | RUN | RANKS)[k][0]}
+    changed = {k: v for k, v in case.items() if v != (SWITCHES | RUN | RANKS | STEPS)[k][0]}
     found = {"work": work, "case": changed, "error": error}
     return found | {"kernels": taken, "grouped": grouped}
 
@@ -290,6 +299,9 @@ def plan(name, part):
         changes = [{}, {"pos": "fire", "window": 16, "n_kv_head": 1, "tie_embeddings": False}]
         modes = itertools.product(RANKS["parallel"], RUN["optimizer"], changes)
         jobs += [("share", plain | c | {"parallel": p, "optimizer": o}) for p, o, c in modes]
+        jobs += [("share", plain | OPTIMIZERS[0] | {"parallel": p}) for p in RANKS["parallel"]]
+        soap = importlib.util.find_spec("pytorch_optimizer")  # a package of its own
+        jobs += [("train", plain | o) for o in (OPTIMIZERS if soap else OPTIMIZERS[:-1])]
     shared = plain | {"pos": "rope", "n_kv_head": 2}  # where kernels know shared key heads
     return [("refuse", plain), ("train", shared), ("generate", shared), *jobs]
 

@@ -30,6 +30,7 @@ from nanoswitch.cli import at_least
 from nanoswitch.generation import Generation
 from nanoswitch.kernels import (
     KERNELS,
+    as_floats,
     attention_mask,
     flex_mask,
     repeat_heads,
@@ -506,7 +507,10 @@ class Attention(nn.Module):
             return None
         if flex:
             return flex_mask(pos, k_pos, self.window, wpe.flex_bias(pos, k_pos), *(docs or ()))
-        return attention_mask(pos, k_pos, self.window, bias and bias(pos, k_pos), *(docs or ()))
+        mask = attention_mask(pos, k_pos, self.window, bias and bias(pos, k_pos), *(docs or ()))
+        # in a CUDA graph torch's own change of a mask to floats would be three launches a layer
+        recorded = cache is not None and cache.ring.static
+        return as_floats(mask, cache.tensors[0].dtype) if recorded else mask
 
     def new_cache(self, length):
         """What this layer keeps of up to `length` positions."""

@@ -36,6 +36,13 @@ def attention_mask(q_pos, k_pos, window, bias, q_doc=None, k_doc=None):
     return visible if bias is None else bias.masked_fill(~visible, -math.inf)
 
 
+def as_floats(mask, dtype):
+    """A mask of True and False, or a bias -> what is added to scores of a dtype."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
+    return mask.to(dtype)
+
+
 def window_masks(pos, window, bias=None, doc=None):
     """attention_mask for a sliding window over the positions pos (T,), in chunks: a list of
     (slice of queries, slice of the keys they reach, mask), so that time and memory grow with

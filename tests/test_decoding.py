@@ -102,6 +102,24 @@ def test_a_recorded_step_decodes_as_whole_passes_do(changes, recorded):
     assert torch.equal(model.generate(idx, new, temperature=0, decoder=decoder(model)), want)
 
 
+@pytest.mark.parametrize("pos", ["rope", "alibi"])
+def test_all_layers_of_a_recorded_step_read_one_mask_of_floats(pos, recorded, monkeypatch):
+    """On a card each launch counts, and torch would make floats of it in every layer."""
+    attend, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(q, k, v, attn_mask=None, **flags):
+        masks.append(attn_mask)
+        assert attn_mask.dtype == q.dtype
+        return attend(q, k, v, attn_mask=attn_mask, **flags)
+
+    model = grown(tiny(pos=pos, n_layer=3))
+    cache = KVCache(model, 16)
+    model.next_logits(documents()[:, :7], cache)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    decoder(model)(cache)
+    assert len(masks) == 3 and len({mask.data_ptr() for mask in masks}) == 1
+
+
 DRAWS = [dict(), dict(top_k=5), dict(temperature=0.7, top_p=0.8), dict(top_k=9, top_p=0.5)]
 
 

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import Attention, has_bias
-from nanoswitch.kernels import attention_mask
+from nanoswitch.kernels import as_floats, attention_mask
 
 WIDTH = 8  # columns for the sink, one of which counts: CUDA's kernel wants multiples of 8
 
@@ -41,8 +41,7 @@ class Sinks(Attention):
         return attention_mask(pos, k_pos, self.window, bias, *(docs or ()))  # (.., Tq, Tk)
 
     def attend(self, q, k, v, mask, cache, x):
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=self.sink.dtype).masked_fill(~mask, -math.inf)
+        mask = as_floats(mask, self.sink.dtype)
         sink = F.pad(self.sink[:, None, None], (WIDTH - 1, 0), value=-math.inf)  # (nh, 1, WIDTH)
         mask = mask.expand(*mask.shape[:-3], self.nh, -1, -1) if mask.dim() > 2 else mask
         mask = mask.expand(self.nh, -1, -1) if mask.dim() == 2 else mask

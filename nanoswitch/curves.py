@@ -129,7 +129,7 @@ def draw_ladder(found, path):
     figure, curves = Figure(figsize=(11, 4), layout="constrained"), found["curves"] or {}
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    tables, means = [size["results"] for size in found["sizes"]], []
+    tables, shown = [size["results"] for size in found["sizes"]], [1.0]
     metric = tables[0]["metric"]
     for i, name in enumerate(tables[0]["configs"]):
         color = f"C{i % 10}"
@@ -149,7 +149,8 @@ def draw_ladder(found, path):
             x = x * 1.03 ** (i - len(tables[0]["configs"]) / 2)  # so that bars do not hide others
             low = [one["ci95"][0] or 1e-9 for one in known]  # an end that is none leaves the frame
             high = [one["ci95"][1] or 1e9 for one in known]
-            means.extend(y)
+            # of an interval no more than a factor of two: a wide one would flatten all others
+            shown.extend([*np.clip(low, y / 2, y), *np.clip(high, y, 2 * y)])
             right.errorbar(x, y, yerr=(y - low, high - y), fmt="o-", ms=4, color=color, lw=1)
     right.axhline(1, color="grey", lw=0.8, ls="--")
     unit = "bits per byte" if metric == "val_bpb" else "validation loss (nats)"
@@ -160,9 +161,13 @@ def draw_ladder(found, path):
     for axis in (left, right):  # a tick for each size: the scale's own would write over one another
         axis.set_xticks(sizes, [f"{flops:.1e}" for flops in sizes])
         axis.minorticks_off()
-    right.set(yscale="log", ylim=(min(means, default=1) / 4, max(means, default=1) * 4))
+    bottom, top = min(shown) / 1.1, max(shown) * 1.1
+    steps = (1, 1.1, 1.2, 1.5, 2, 3, 5, 7, 8, 9) if top < 3 * bottom else (1, 1.5, 2, 3, 5, 7)
+    ticks = [x * 10.0**n for n in range(-3, 4) for x in steps]
+    right.set(yscale="log", ylim=(bottom, top))
+    right.set_yticks([x for x in ticks if bottom < x < top])
     right.yaxis.set_major_formatter("{x:g}")
-    right.yaxis.set_minor_formatter("")
+    right.minorticks_off()
     right.set_visible(bool(curves))
     left.legend(fontsize=8)
     save(figure, path)

@@ -311,7 +311,7 @@ def test_a_run_is_killed_and_goes_on(settings):
 def test_the_whole_command_runs_on_a_cpu_at_small_sizes(tmp_path):
     items = [{"ind": i, "activity_label": "", "ctx_a": "A man", "ctx_b": "", "ctx": f"Man {i}",
               "label": 0, "endings": ["a", "b", "c", "d"]} for i in range(10)]  # fmt: skip
-    make_data(tmp_path / "data", train=3000)
+    make_data(tmp_path / "data", train=3000, val=600)
     (tmp_path / "data" / "hellaswag.jsonl").write_text("\n".join(map(json.dumps, items)))
     flags = [f"--data={tmp_path}/data", f"--out={tmp_path}/out", "--small=true", "--device=cpu"]
     command = [sys.executable, str(ROOT / "bench.py"), "card", *flags]

@@ -100,7 +100,7 @@ def gpu_tests(s):
         for line in process.stdout:
             lines.append(line)
             print(line, end="", file=sys.stderr)
-            if match := read_result(line):
+            if match := pytest_result(line):
                 name, result = match
                 found[name] = result
                 if result in ("FAILED", "ERROR"):
@@ -111,7 +111,7 @@ def gpu_tests(s):
         raise ValueError(f"pytest ran nothing: {lines[-1].strip() if lines else 'no output'}")
 
 
-def read_result(line):
+def pytest_result(line):
     """A line of pytest's, by one process or by several -> (a test's name, how it ended) or None."""
     ends = "(PASSED|FAILED|ERROR|SKIPPED)"
     if match := re.match(rf"\[gw\d+\] \[ *\d+%\] {ends} (tests/\S+?::.*)", line):

@@ -13,6 +13,7 @@ from typing import Literal
 import pytest
 
 from nanoswitch import cli
+from nanoswitch.files import python_path
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +61,7 @@ def test_the_error_is_one_sentence_on_any_terminal(encoding, flag, tmp_path):
         "from test_cli import Train",
         f"cli.parse(Train, argv=[{flag!r}], description='d')",
     ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT), "PYTHONIOENCODING": encoding}
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, env=env
     )
@@ -313,7 +314,7 @@ cli.run(main)
 def script(tmp_path, *argv, **options):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT)}
     return subprocess.run(
         [sys.executable, path, *argv], capture_output=True, text=True, env=env, **options
     )
@@ -362,7 +363,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
         shell=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path(ROOT)},
     )
     assert (done.stdout, done.stderr) == ("0\n", "")
 

@@ -201,7 +201,7 @@ def settings(tmp_path):
     ],
 )  # fmt: skip
 def test_results_are_read_of_one_process_and_of_several(line, found):
-    assert card_checks.read_result(line) == found
+    assert card_checks.pytest_result(line) == found
 
 
 def test_every_encoding_and_mask_is_compared(settings):

@@ -19,6 +19,7 @@ import cases
 
 from model import GPTConfig
 from nanoswitch import prove
+from nanoswitch.files import python_path
 
 ROOT, FOLDER = prove.ROOT, prove.FAKE_CARDS
 CARDS = ("ampere", "hopper")
@@ -70,7 +71,8 @@ def test_a_card_takes_what_is_left_too(shim):
 @pytest.mark.slow
 def test_what_needs_a_card_passes_on_one_that_is_not_there(shim):
     """The tests of attention, loss and decoding that are marked gpu, with numbers: pretend.py."""
-    own = {"LD_PRELOAD": str(shim), "PYTHONPATH": f"{ROOT}:{FOLDER}", "OMP_NUM_THREADS": "1"}
+    own = {"LD_PRELOAD": str(shim), "PYTHONPATH": python_path(f"{ROOT}:{FOLDER}")}
+    own |= {"OMP_NUM_THREADS": "1"}
     names = ("test_attention.py", "test_kernels.py", "test_loss.py", "test_decoding.py")
     files = [ROOT / "tests" / name for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "pretend", "-m", "gpu", *files]
@@ -89,7 +91,7 @@ def test_a_compiled_step_is_machine_code_and_takes_no_more_memory_than_an_eager_
     folder = os.environ.get("TRITON") or (triton and Path(triton.origin).parent.parent)
     if not folder:
         pytest.skip("needs Triton: pip install --no-deps --target DIR triton, then TRITON=DIR")
-    own = {"LD_PRELOAD": str(shim), "PYTHONPATH": str(ROOT), "TRITON": str(folder)}
+    own = {"LD_PRELOAD": str(shim), "PYTHONPATH": python_path(ROOT), "TRITON": str(folder)}
     done = subprocess.run(
         [sys.executable, FOLDER / "inductor.py"], env=os.environ | own, cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=3600,

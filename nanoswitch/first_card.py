@@ -112,8 +112,8 @@ def plan(config, sizes):
     ]  # fmt: skip
     no_card = "" if device == "cuda" else f"the device is {device}"
     return [
-        Part("data", 40, [fineweb], skip="--data has it" if config.data else ""),
-        Part("machine", 40, [check("machine")]),
+        Part("data", 30, [fineweb], skip="--data has it" if config.data else ""),
+        Part("machine", 20, [check("machine")]),
         Part("baseline", 60, [check("baseline")], vital=True),
         Part("gpu tests", 160, [check("gpu_tests")], skip=no_card),
         Part("attention", 180, attention, True),
@@ -125,7 +125,7 @@ def plan(config, sizes):
         Part("memory", 120, [check("memory", size=size) for size in sizes["sizes"]]),
         Part("hellaswag", 120,
              bench("hellaswag", "hellaswag", "build-nanogpt", items=sizes["items"], data=items)),
-        Part("generate", 50,
+        Part("generate", 80,
              bench("generate", "generate", "nanoGPT", new_tokens=sizes["new_tokens"])),
         Part("scaling", 100, bench("scaling", "scaling", longest=sizes["longest"])),
         Part("first steps", 60, [check("first_steps")]),

@@ -483,6 +483,9 @@ def tables(found):
         "size is extrapolated.",
         "Verdicts are those of each size's own table.",
     ]
+    if absent := set(rule["widths"]) - {size["n_embd"] for size in sizes}:
+        listed = ", ".join(map(str, sorted(absent)))
+        notes.append(f"{first} has no finished run at n_embd {listed}.")
     if found["no_curves"]:
         notes.append(f"No gains: {found['no_curves']}.")
     if found["lagging"]:

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -269,6 +270,17 @@ def test_a_killed_ladder_goes_on_without_a_run_lost_or_repeated(climb, tmp_path)
     inside = [name.split("/out/")[1] for name in trained]
     assert sorted(inside) == sorted(name.split("/whole/")[1] for name in whole.trained)
     assert read(tmp_path / "out") == read(tmp_path / "whole")
+
+
+def test_a_ladder_without_its_largest_size_reports_the_others(climb, tmp_path):
+    climb()
+    shutil.rmtree(tmp_path / "out" / f"n_embd_{WIDTHS[2]}")
+    done, _ = climb("--report_only", "true")
+    found = read(tmp_path / "out")
+    assert [size["n_embd"] for size in found["ladder"]["sizes"]] == list(WIDTHS[:2])
+    assert "a ladder needs three sizes" in done.stdout
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert f"a has no finished run at n_embd {WIDTHS[2]}." in text
 
 
 @pytest.mark.slow  # test_study.py's merge is in CI

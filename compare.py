@@ -50,10 +50,11 @@ from nanoswitch.study import (
     merge,
     metric_of,
     name_of,
+    planned_tokens,
     read_entries,
     show_plan,
 )
-from nanoswitch.sweep import INCIDENTAL
+from nanoswitch.sweep import INCIDENTAL, config_then
 from nanoswitch.tune import FLAT
 from train_gpt2 import TrainConfig
 
@@ -174,8 +175,9 @@ def check_runs(groups):
             if len(kinds) > 1:
                 listed = " and in ".join(sorted(kinds))
                 raise ValueError(f"{name} has runs in {listed}: they are no seeds of one config")
-            for key in sorted({*run.config, *runs[0].config} - INCIDENTAL - {"seed"}):
-                if run.config.get(key) != runs[0].config.get(key):
+            one, other = config_then(run), config_then(runs[0])
+            for key in sorted({*one, *other} - INCIDENTAL - {"seed"}):
+                if one.get(key) != other.get(key):
                     raise ValueError(
                         f"{run.folder} and {runs[0].folder} differ in {key}: they are no seeds of "
                         f"one config; give them as two"
@@ -223,7 +225,8 @@ def summary(runs):
         "wall_s": statistics.fmean(
             run.seconds([step])[0] for run, step in zip(runs, steps, strict=True)
         ),
-        "tokens": steps[0] * runs[0].config["total_batch_tokens"],
+        "tokens": round(statistics.fmean(steps) * runs[0].config["total_batch_tokens"]),
+        "planned_tokens": planned_tokens(runs),
         "lr": runs[0].config.get("lr"),
         "muon_lr": runs[0].config.get("muon_lr"),
         "val_loss": mean_sd(losses),
@@ -267,9 +270,12 @@ def results(groups, margin=0.0, wanted=0.0, pool=True):
     """{name: finished Runs} -> results.json's dict. margin, wanted, pool: stats.against_first's."""
     first, configs = next(iter(groups)), {name: summary(runs) for name, runs in groups.items()}
     metric = metric_of(groups)
+    for name, row in configs.items():
+        if row[metric] is None:
+            raise ValueError(f"{name}'s log has no {metric}, by which two vocabularies compare")
     losses = {
         name: {run.seed: run.last(metric) for run in runs} for name, runs in groups.items()
-        if configs[name]["tokens"] == configs[first]["tokens"]  # else another experiment
+        if configs[name]["planned_tokens"] == configs[first]["planned_tokens"]  # else another study
     }  # fmt: skip
     found = stats.against_first(losses, margin, wanted, pool)
     items = {run.seed: run.items() for run in groups[first]}
@@ -356,14 +362,16 @@ def notes_of(found, match, unfinished):
         notes.insert(0, "The vocabularies differ: nats of different tokens do not compare, so that "
                      "all is judged in bits per byte of the same validation text. Equal numbers of "
                      "tokens are different amounts of text.")  # fmt: skip
-    if len({row["tokens"] for row in configs.values()}) > 1:
+    if any(row["tokens"] < row["planned_tokens"] for row in configs.values()):
+        notes.append("--patience stopped runs early: their tokens are the mean over seeds.")
+    if len({row["planned_tokens"] for row in configs.values()}) > 1:
         notes.append(
             "Runs of other lengths have no difference: a schedule that ends at another token "
             "count is another experiment. The last column compares them."
         )
     alone = [
         name for name, row in configs.items()
-        if name != first and row["tokens"] == configs[first]["tokens"]
+        if name != first and row["planned_tokens"] == configs[first]["planned_tokens"]
         and row["diff"]["mean"] is None
     ]  # fmt: skip
     if alone:
@@ -524,7 +532,7 @@ def html_page(found, groups, tuned, config, unfinished, climbed=None):
             tables.append((f"Each at its own {flag}", *grid(found["tuned"]), notes))
     everything = [groups, tuned]
     if climbed:
-        size = found["ladder"]["sizes"][-1]["n_embd"]
+        size = groups[found["first"]][0].config["n_embd"]
         (_, *rest), *_ = tables
         tables = [*ladder.tables(found["ladder"]), (f"At n_embd {size}", *rest)]
         pictures.insert(0, ("Loss and gain against compute", Path(config.out) / "ladder.svg"))
@@ -628,7 +636,7 @@ def main():
     if config.plan:
         return show_plan(config, study.plan())
     for other in filter(None, config.merge.split(",")):
-        taken = merge(config.out, other, study.entries)
+        taken = merge(config.out, other, study.entries, [] if climbs else study.jobs())
         print(f"{other}: {taken} runs taken, others are here or not finished")
     groups, tuned = study.do()
     failed = study.failed

@@ -45,6 +45,7 @@ from nanoswitch.shards import (
     MANIFEST,
     check_ids,
     check_parts,
+    is_manifest,
     list_shards,
     open_shard,
     part_of,
@@ -262,10 +263,12 @@ def is_local(source):
 
 
 def find_texts(folder, out):
-    """The paths of the files in a folder that hold texts, sorted; says which it passes over. What
-    lies in `out`, the shards' own folder, is none."""
+    """The paths of the files in a folder that hold texts, sorted; says which it passes over. The
+    shards' own folder `out` holds none, unless it is the folder itself; its manifests are none."""
     found, out = [], os.path.realpath(out)
     for place, folders, names in os.walk(folder):
+        if os.path.realpath(place) == out:  # the shards may lie among the texts
+            names = [name for name in names if not is_manifest(name)]
         found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
         hidden = [name for name in folders if is_hidden(name)]
         found += [os.path.relpath(os.path.join(place, name), folder) + os.sep for name in hidden]

@@ -558,6 +558,7 @@ def train(trainer):
         if start >= last:
             log.say(f"{run} is finished at step {start}; more steps: --max_steps N")
         elif 0 < config.patience <= best.waited:
+            log.write(event="early stop", step=start)  # the resume above began another log
             log.say(f"{run} is finished at step {start}: {best}; more steps: --patience 0")
             last = start
 

@@ -58,6 +58,12 @@ def main():
         raise ValueError(f"out {out} lies in {source}; give a folder outside")
     copied = 0
     for log in logs:
+        there = out / log.relative_to(source)
+        if any(there.parent.glob("step_*")):
+            raise ValueError(f"{there} is a run's own, beside its checkpoints: give another out")
+        if there.exists() and len(whole_lines(there)) > len(whole_lines(log)):
+            raise ValueError(f"{there} holds more than {log}: the two folders may be swapped")
+    for log in logs:
         run = read_run(log.parent)
         if not run or not run.over:
             continue

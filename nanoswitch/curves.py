@@ -151,7 +151,8 @@ def draw_ladder(found, path):
             high = [one["ci95"][1] or 1e9 for one in known]
             # of an interval no more than a factor of two: a wide one would flatten all others
             shown.extend([*np.clip(low, y / 2, y), *np.clip(high, y, 2 * y)])
-            right.errorbar(x, y, yerr=(y - low, high - y), fmt="o-", ms=4, color=color, lw=1)
+            bars = np.maximum(0, (y - low, high - y))  # a gain beyond MOST is outside its interval
+            right.errorbar(x, y, yerr=bars, fmt="o-", ms=4, color=color, lw=1)
     right.axhline(1, color="grey", lw=0.8, ls="--")
     unit = "bits per byte" if metric == "val_bpb" else "validation loss (nats)"
     left.set(xscale="log", xlabel="training FLOPs", ylabel=unit)

@@ -173,7 +173,8 @@ def trend_of(compute, ratio, seeds):
     """Gains (1 + draws, sizes) -> what they do as compute grows."""
     x = np.log(compute) - np.log(compute).mean()
     (low,), (high,) = interval((logs(ratio) @ x / (x @ x))[:, None], seeds)
-    return "grows" if low > 0 else "shrinks" if high < 0 else "holds"
+    nothing = 1e-9  # the slope of gains that are all clipped alike is rounding
+    return "grows" if low > nothing else "shrinks" if high < -nothing else "holds"
 
 
 # ----------------------------------------------------------------------------- runs
@@ -208,7 +209,7 @@ class Rule:
     flags: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        whole = isinstance(self.widths, list) and all(type(w) is int for w in self.widths)
+        whole = isinstance(self.widths, list) and all(type(w) is int and w > 0 for w in self.widths)
         if not whole or len(self.widths) < 3 or self.widths != sorted(set(self.widths)):
             raise ValueError(f"widths is {self.widths}; give three or more, rising: [96, 128, 192]")
         if self.others not in (0, *range(2, len(self.widths) + 1)):
@@ -248,6 +249,8 @@ def read_rule(path):
         number = kinds.get(name) in (int, float)
         if number and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{path}: {name} is {value!r}; it must be a number")
+        if kinds.get(name) is int and not isinstance(value, int):
+            raise ValueError(f"{path}: {name} is {value!r}; it must be a whole number")
         if name == "tune" and not isinstance(value, str):
             raise ValueError(f"{path}: {name} is {value!r}; it must be a text")
         if name not in kinds and isinstance(value, list | dict):
@@ -384,24 +387,20 @@ class Ladder:
 
     def found(self, results):
         """For results.json. results: the function that makes its dict of {name: finished Runs}."""
-        sizes, losses, lagging = [], {}, []
-        groups = self.groups()[: self.top() + 1]
+        sizes, losses, lagging = [], {}, set()
         first = self.studies[0].entries[0].name
-        for name in groups[0]:
-            if not all(any(run.finished for run in by[name]) for by in groups if name in by):
-                lagging.append(name)
-        for width, by in zip(self.rule.widths, groups, strict=False):
+        for width, by in zip(self.rule.widths, self.groups()[: self.top() + 1], strict=False):
             done = {n: [run for run in runs if run.finished] for n, runs in by.items()}
-            done = {name: runs for name, runs in done.items() if runs}
-            if first in done:
-                found = results(done)
-                sizes.append(self.rule.sizes(width) | {"results": found})
-            for name, runs in done.items():
-                row = found["configs"][name]
+            if not done[first]:
+                continue  # nothing to compare with at this size
+            lagging |= {name for name, runs in done.items() if not runs}
+            found = results({name: runs for name, runs in done.items() if runs})
+            sizes.append(self.rule.sizes(width) | {"results": found})
+            for name, row in found["configs"].items():
                 compute = float(row["flops_per_token"] * row["tokens"])
-                if name not in lagging:
-                    final = {run.seed: run.last(found["metric"]) for run in runs}
-                    losses.setdefault(name, {})[compute] = final
+                final = {run.seed: run.last(found["metric"]) for run in done[name]}
+                losses.setdefault(name, {})[compute] = final
+        losses = {name: by for name, by in losses.items() if name not in lagging}
         why, curves = None, None
         try:
             curves = ladder(losses)
@@ -412,7 +411,7 @@ class Ladder:
             check = self.check()
         return {
             "rule": dataclasses.asdict(self.rule) | {"tune": self.tune}, "sizes": sizes,
-            "curves": curves, "no_curves": why, "lagging": lagging,
+            "curves": curves, "no_curves": why, "lagging": sorted(lagging),
             "search": self.studies[0].searched(), "check": check,
         }  # fmt: skip
 

@@ -284,7 +284,8 @@ def read_run(folder):
         if entry.get("event") in ("start", "resume"):  # a resumed run may have got more steps
             start = entry
         if entry.get("event") == "early stop" and start:
-            start = start | {"steps": entry["step"], "stopped": True}
+            start = {"planned": start.get("steps")} | start | {"steps": entry["step"]}
+            start["stopped"] = True
         for name, value in entry.items():
             if "step" in entry and isinstance(value, int | float):  # null: a step was skipped
                 values.setdefault(name, {})[entry["step"]] = value

@@ -196,12 +196,14 @@ def write_shard(out, index, parts, fmt, tag="", vocab=N_VOCAB):
     return entry | {"sha256": digest.hexdigest()}
 
 
+def is_manifest(name):
+    return bool(re.fullmatch(r"manifest(_part\d+of\d+)?\.json", name))
+
+
 def read_manifests(out):
     """{file name: manifest} of the folder: one of a whole run, or one of each part begun."""
     manifests = {}
-    for name in sorted(os.listdir(out)):
-        if not re.fullmatch(r"manifest(_part\d+of\d+)?\.json", name):
-            continue
+    for name in filter(is_manifest, sorted(os.listdir(out))):
         path = os.path.join(out, name)
         try:
             with open(path, encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from nanoswitch.device import matrix_rate, pick_device, pick_dtype
 from nanoswitch.log import DIVERGED, read_run
 from nanoswitch.progress import clock, short
 from nanoswitch.shards import load_shards, val_text
-from nanoswitch.sweep import Job, check_seen, sweep
+from nanoswitch.sweep import Job, check_seen, config_then, sweep
 from nanoswitch.tokenizer import N_VOCAB
 from nanoswitch.windows import Windows, data_sha256
 from train_gpt2 import TrainConfig, count_steps, read_flags
@@ -97,6 +97,8 @@ def read_entries(config, flags, own=None):
         if config.match == "params" and matched:
             argv.append(f"--mlp_hidden={match_parameters(path, argv, matched)}")
         entries.append(Entry(name_of(path), argv, flat(argv)))
+        if entries[-1].flags["dry_run"]:
+            raise ValueError("dry_run trains nothing to compare; --plan tells what there is to do")
         if config.match == "params":
             matched = matched or num_params(model_of(entries[-1].flags))
     agree = (*MUST_AGREE, "seed", "data_dir", "hellaswag_data")
@@ -196,6 +198,10 @@ class Study:
             if not entry.flags[flag] > 0:
                 has = f"{entry.name} has {flag} {entry.flags[flag]}"
                 raise ValueError(f"{has}: nothing to vary; give a --{flag} above 0")
+            for folder in (self.out / "tuned" / entry.name).glob("seed_*"):
+                if run := read_run(folder):  # of another flag's search: say so before this one
+                    own = config_then(run)[flag]
+                    entry.job(folder, run.seed, **{flag: own}).check(run)
             self.searches[entry.name] = tune.Search(entry.flags[flag], self.trial(entry))
         tune.search(self.searches, self.try_out)
         own = {name: one.result()["best"] for name, one in self.searches.items()}
@@ -214,9 +220,13 @@ class Study:
         all of the steps, that of the config's own value is a run of the comparison itself."""
         flag, frac = self.config.tune, self.config.tune_frac
         steps = steps_of(entry.flags)
+
+        def shorter(warmup):
+            return round(frac * warmup)
+
         quick = {
             "max_steps": max(1, round(frac * steps)),
-            "warmup_steps": round(frac * entry.flags["warmup_steps"]),
+            "warmup_steps": shorter(entry.flags["warmup_steps"]),
             "eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "curve": "false",
         }  # fmt: skip
 
@@ -226,7 +236,8 @@ class Study:
             folder = self.out / "tune" / entry.name / f"{flag}_{value}"
             try:
                 with contextlib.redirect_stderr(io.StringIO()):
-                    return entry.job(folder, self.first_seed, **quick | {flag: value})
+                    tried = shorter(value) if flag == "warmup_steps" else value
+                    return entry.job(folder, self.first_seed, **quick | {flag: tried})
             except SystemExit:  # such as a beta2 above 1
                 return None
 
@@ -239,6 +250,8 @@ class Study:
         while not self.failed:
             groups = self.groups(tuned)
             losses = final_losses(groups, metric_of(groups))
+            lengths = {name: runs and planned_tokens(runs) for name, runs in groups.items()}
+            losses = {name: of for name, of in losses.items() if lengths[name] == lengths[first]}
             if any(set(losses[name]) != set(self.seeds[name]) for name in losses):
                 return  # not all are finished
             rows = stats.against_first(losses, pool=config.noise == "pooled")["rows"]
@@ -300,18 +313,23 @@ def sha256_of(folder, block_size):
     return data_sha256(*splits)
 
 
-def merge(out, other, entries):
+def merge(out, other, entries, jobs=()):
     """Copy the finished runs of another machine's OUT into this one -> how many. What is here
-    already stays; ValueError before the first copy for runs that do not fit this machine's."""
+    already stays; ValueError before the first copy for runs that do not fit this machine's, or that
+    one of the jobs would not have made."""
     out, other, seen = Path(out), Path(other), {entry.name: entry.seen for entry in entries}
-    logs = sorted(other.rglob("log.jsonl"))
+    logs = [
+        log for log in sorted(other.rglob("log.jsonl")) if is_run(log.parent.relative_to(other))
+    ]
     if not logs or other.resolve() == out.resolve():
         raise ValueError(f"no runs to take from {other}; give another comparison's --out folder")
-    found = []
+    found, by_place = [], {job.folder: job for job in jobs}
     for folder in (log.parent for log in logs):
         run = read_run(folder)
         if folder.parent.name in seen and run and run.over:
             check_seen(run, seen[folder.parent.name])
+            if job := by_place.get(out / folder.relative_to(other)):
+                job.check(run)
             found.append(folder)
     taken = 0
     for folder in found:
@@ -326,6 +344,13 @@ def merge(out, other, entries):
     return taken
 
 
+def is_run(path):
+    """Whether a path in a comparison's OUT is that of a run: [n_embd_N/]runs/NAME/seed_N, or so."""
+    *size, kind, _, run = path.parts if len(path.parts) > 2 else ("", "", "")
+    of_size = not size or (len(size) == 1 and size[0].startswith("n_embd_"))
+    return of_size and kind in ("runs", "tune", "tuned") and not run.endswith(".copying")
+
+
 def metric_of(groups):
     """What {name: Runs} are compared by: nats of two vocabularies are not the same."""
     vocabularies = {run.config.get("vocab_used") for runs in groups.values() for run in runs}
@@ -338,6 +363,13 @@ def final_losses(groups, metric="val_loss"):
         name: {run.seed: run.last(metric) for run in runs if run.finished}
         for name, runs in groups.items()
     }
+
+
+def planned_tokens(runs):
+    """The tokens that Runs of one config were to see; --patience may have stopped them before."""
+    start = runs[0].start
+    steps = start.get("planned") or start.get("steps") or runs[0].curve("val_loss")[0][-1]
+    return steps * runs[0].config["total_batch_tokens"]
 
 
 def steps_of(flags):
@@ -394,7 +426,8 @@ def show_plan(config, parts):
     if config.resolve and rows:
         pooled = config.noise == "pooled"
         n = stats.seeds_for(config.resolve, math.sqrt(2) * sd, rows, pooled)
-        print(f"          intervals narrower than {config.resolve:g} nats: about {n} seeds")
+        about = f"about {n:,}" if n else "more than 10,000"
+        print(f"          intervals narrower than {config.resolve:g} nats: {about} seeds")
 
 
 def flop_rate(device, dtype):

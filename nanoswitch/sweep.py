@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from model import GPTConfig
 from nanoswitch import checkpoints
 from nanoswitch.log import DIVERGED, DIVERGED_MARK, read_run
 from nanoswitch.signals import StopSignal
+from train_gpt2 import TrainConfig
 
 INCIDENTAL = {  # where and how a run was done, not what it computes
     "run_dir", "data_dir", "hellaswag_data", "device", "compile", "parallel", "micro_batch",
@@ -40,13 +42,16 @@ class Job:
 
     def run(self):
         """Its Run if it has begun; ValueError if that was made by other flags or on other data."""
-        run = read_run(self.folder)
+        return self.check(read_run(self.folder))
+
+    def check(self, run):
         check_seen(run, self.seen)
+        then = config_then(run) if run else {}
         for key, value in self.config.items() if run else ():
-            if run.config.get(key, value) != value and key not in INCIDENTAL:
+            if then[key] != value and key not in INCIDENTAL:
                 raise ValueError(
-                    f"{self.folder} was made with {key} {run.config[key]}, not {value}; give the "
-                    f"same flags or another --out"
+                    f"{run.folder} was made with {key} {then[key]}, not {value}; give the same "
+                    f"flags or another --out"
                 )
         return run
 
@@ -58,6 +63,12 @@ class Job:
         if self.share < 1 and (run := read_run(self.folder)) and run.start.get("steps"):
             done = max(run.values.get("train_loss", {0: 0}))
             self.share = 1.0 if run.finished else min(0.99, done / run.start["steps"])
+
+
+def config_then(run):
+    """All flags of a Run: one that is newer than its log was at its default."""
+    newer = {f.name: f.default for c in (GPTConfig, TrainConfig) for f in fields(c)}
+    return newer | run.config
 
 
 def check_seen(run, seen):

@@ -72,6 +72,8 @@ class Windows:
 
     def some(self):
         """The bytes of 64 windows all over the stream, however it is cut into shards."""
+        if self.count < 1:
+            raise ValueError(f"{self.tokens:,} tokens are no window of {self.T} + 1")
         numbers = np.unique(np.linspace(0, self.count - 1, 64).astype(np.int64))
         return self.read(numbers)[0].numpy().tobytes()
 

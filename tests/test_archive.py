@@ -48,3 +48,15 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     write_run(tmp_path / "a" / "gpt2", {3: 5.0}, 1, [1.0] * 3)
     assert run_main(archive.main, tmp_path / "a", "--out", tmp_path / "a" / "b") == 1
     assert "give a folder outside" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("live, words", [(True, "beside its checkpoints"), (False, "swapped")])
+def test_a_fuller_log_is_not_overwritten(tmp_path, capsys, live, words):
+    full = write_run(tmp_path / "a" / "gpt2", {3: 5.0, 7: 4.0}, 1, [1.0] * 7, steps=7)
+    assert run_main(archive.main, tmp_path / "a", "--out", tmp_path / "b", "--every", 7) == 0
+    if live:
+        (full / "step_000007").mkdir()
+    before = (full / "log.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run_main(archive.main, tmp_path / "b", "--out", tmp_path / "a") == 1
+    assert words in capsys.readouterr().err and (full / "log.jsonl").read_bytes() == before

@@ -4,6 +4,7 @@ against runs of train_gpt2.py."""
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -448,3 +449,28 @@ def test_the_documents_say_what_the_results_hold(path):
             name,
             shown,
         )
+
+
+def test_runs_that_patience_stopped_are_compared_by_what_they_were_to_see(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "draw", lambda *args: None)
+    for name, of, loss in (("a", (3, 6, 9), 5.0), ("b", (6, 9, 3), 4.9)):
+        for seed, step in enumerate(of, 1):
+            losses = {s: loss - 0.1 * s for s in range(0, step + 1, 3)}
+            run = write_run(tmp_path / name / f"seed_{seed}", losses, seed, [9.0] * step, 30)
+            with open(run / "log.jsonl", "a") as log:
+                log.write(json.dumps({"event": "early stop", "step": step}) + "\n")
+    command(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["configs"]
+    assert [row["tokens"] for row in found.values()] == [6 * BATCH] * 2
+    assert found["b"]["diff"]["mean"] == pytest.approx(-0.1) and found["b"]["diff"]["n"] == 3
+    assert "--patience stopped runs early" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_two_vocabularies_without_bits_per_byte_are_one_line(tmp_path):
+    for name, used in (("a", 64), ("b", 32)):
+        run = write_run(tmp_path / name, {0: 5.0, 3: 4.0}, vocab_used=used)
+        text = re.sub(r'"val_bpb": [0-9.]+, ', "", (run / "log.jsonl").read_text())
+        text = text.replace('"data_sha256"', '"val_text_sha256": "t", "data_sha256"', 1)
+        (run / "log.jsonl").write_text(text)
+    done = command(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out", fails=True)
+    assert "no val_bpb" in done.stderr and done.stderr.count("\n") == 1

@@ -80,6 +80,7 @@ def test_patience_ends_a_run_and_the_best_checkpoint_stays(
     before = entries(tmp_path, "train_loss")
     train(data, tmp_path, patience=patience)
     assert entries(tmp_path, "train_loss") == before and "is finished" in capsys.readouterr().out
+    assert read_run(tmp_path).finished  # for a comparison too
 
 
 def test_a_stopped_run_goes_on_with_more_patience(data, tmp_path, scripted):

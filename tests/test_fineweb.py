@@ -851,6 +851,16 @@ def test_finished_folder_and_changed_source(tmp_path, capsys, monkeypatch):
     assert tree_bytes(tmp_path / "out") == before
 
 
+def test_shards_may_lie_among_the_texts(tmp_path, capsys):
+    """As they do by default where the texts are in data/NAME."""
+    out = tmp_path / "data"
+    out.mkdir()
+    write_texts(out / "a.jsonl", make_texts(30))
+    for _ in range(2):
+        run("--source", out, "--out", out)
+    assert "finished" in capsys.readouterr().out
+
+
 def test_busy_folders_are_refused(tmp_path):
     import fcntl
 

@@ -15,7 +15,7 @@ from scipy.optimize import curve_fit
 from test_compare import ROOT, command
 
 from model import GPTConfig
-from nanoswitch import cli, ladder, study
+from nanoswitch import cli, curves, ladder, study
 from nanoswitch.counts import flops_per_token, num_params, on_meta
 
 FIELDS = GPTConfig.__dataclass_fields__
@@ -201,6 +201,7 @@ def test_the_others_may_stop_below_the_first(climb, tmp_path):
     assert not found["ladder"]["lagging"] and "b is worth" in done.stdout
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| a | 64 |" in text and "| b | 64 |" not in text and "| b | holds | holds | - |" in text
+    assert "<h2>At n_embd 32</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def read(folder):
@@ -272,6 +273,40 @@ def test_a_killed_ladder_goes_on_without_a_run_lost_or_repeated(climb, tmp_path)
     assert read(tmp_path / "out") == read(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("missing", [16, 32])
+def test_a_size_that_the_first_config_lacks_is_left_out(climb, tmp_path, missing):
+    """The gains stay those beside the first config, and are of the other sizes."""
+    widths = [16, 32, 48, 64]
+    climb(widths=widths)
+    first = "tuned" if missing == 16 else "runs"
+    for kind in {first, "runs"}:
+        shutil.rmtree(tmp_path / f"out/n_embd_{missing}/{kind}/a", ignore_errors=True)
+    done, _ = climb("--report_only", "true", widths=widths)
+    found = read(tmp_path / "out")["ladder"]
+    assert [size["n_embd"] for size in found["sizes"]] == [w for w in widths if w != missing]
+    assert found["lagging"] == [] and "a" in found["curves"]
+    gains = [one["mean"] for one in found["curves"]["b"]["equal_flops"]["gain"]]
+    assert gains == pytest.approx([1.5] * 3, rel=0.2) and "b is worth" in done.stdout
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert f"a has no finished run at n_embd {missing}." in text
+
+
+def test_gains_beyond_all_bounds_have_no_trend_and_can_be_drawn(tmp_path):
+    losses = {
+        name: dict(zip(COMPUTE, [{1: x, 2: x + 0.01} for x in of], strict=True))
+        for name, of in {"a": [4.6, 4.4, 4.25, 4.15], "b": [1.0, 1.0, 1.0, 1.0]}.items()
+    }
+    way = ladder.ladder(losses)["b"]["equal_flops"]
+    assert way["trend"] == "holds" and {one["mean"] for one in way["gain"]} == {None}
+    gain = [{"compute": c, "mean": 1e-5, "ci95": [None, 1e-4]} for c in COMPUTE[:2]]
+    rows = [{name: {"flops_per_token": c, "tokens": 1, "val_loss": {"mean": 4.0, "sd": 0.1}}
+             for name in "ab"} for c in COMPUTE[:2]]  # fmt: skip
+    sizes = [{"results": {"configs": row, "metric": "val_loss", "first": "a"}} for row in rows]
+    curves_of = {"a": {"fit": None}, "b": {"fit": None, "equal_flops": {"gain": gain}}}
+    curves.draw_ladder({"sizes": sizes, "curves": curves_of}, tmp_path / "ladder")
+    assert (tmp_path / "ladder.png").stat().st_size
+
+
 def test_a_ladder_without_its_largest_size_reports_the_others(climb, tmp_path):
     climb()
     shutil.rmtree(tmp_path / "out" / f"n_embd_{WIDTHS[2]}")
@@ -328,6 +363,8 @@ def test_a_plan_of_a_ladder_trains_nothing(climb, tmp_path):
         ({"n_layer": 3}, [], "leave it out"),
         ({"tune": '"beta1"'}, [], "lr or muon_lr"),
         ({"others": 1}, [], "give 0, or 2 to 3 sizes"),
+        ({"others": 2.0}, [], "it must be a whole number"),
+        ({"widths": "[0, 16, 32]"}, [], "three or more, rising"),
         ({"tokens_per_parameter": '"ten"'}, [], "is 'ten'; it must be a number"),
         ({"tune": 3}, [], "tune is 3; it must be a text"),
         ({}, ["--n_embd", 8], "--n_embd follows from the ladder"),

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 
 import pytest
 from scipy.stats import nct, t
@@ -54,10 +55,10 @@ def run(tmp_path, monkeypatch):
         (tmp_path / f"{name}.toml").write_text("n_layer = 1\nn_head = 2\nn_embd = 8\n")
     monkeypatch.setattr("compare.draw", lambda *args: None)  # that takes a second each
 
-    def call(*argv, trainer=None, fails=False, folder="out", names=BEST):
+    def call(*argv, trainer=None, fails=False, folder="out", names=BEST, common=True):
         trainer = trainer or Trainer()
         monkeypatch.setattr(study, "sweep", trainer)
-        always = ["--max_steps", 100, "--warmup_steps", 10, "--out", tmp_path / folder]
+        always = ["--max_steps", 100] * common + ["--warmup_steps", 10, "--out", tmp_path / folder]
         always += ["--device", "cpu", "--seed", 1]
         configs = [tmp_path / f"{name}.toml" for name in names]
         return command(*configs, *always, *argv, fails=fails), trainer
@@ -165,6 +166,64 @@ def test_runs_that_do_not_fit_are_one_clear_line(run, tmp_path, start, argv, wor
         assert words in done.stderr and not trainer.trained
 
 
+def test_flags_are_checked_before_a_run_is_copied(run, tmp_path):
+    run(folder="other", names="b")
+    done, trainer = run("--grad_clip", 2, "--merge", tmp_path / "other", fails=True)
+    assert "was made with grad_clip 1.0, not 2.0" in done.stderr
+    assert not trainer.trained and not list(tmp_path.glob("out/**/log.jsonl"))
+
+
+def test_only_whole_runs_in_their_places_are_merged(run, tmp_path):
+    run(folder="other", names="b")
+    half = tmp_path / "other/runs/b/seed_1.copying"
+    shutil.copytree(tmp_path / "other/runs/b/seed_1", half)  # another merge was killed there
+    done, _ = run("--merge", tmp_path / "other/runs", fails=True)
+    assert "give another comparison's --out folder" in done.stderr
+    done, trainer = run("--merge", tmp_path / "other")
+    assert "1 runs taken" in done.stdout and len(trainer.trained) == 1
+    assert not list(tmp_path.glob("out/**/*.copying"))
+
+
+def forget(tmp_path, flag):
+    """Make the logs older than a flag."""
+    for log in tmp_path.glob("out/**/log.jsonl"):
+        first, *rest = log.read_text().splitlines()
+        start = json.loads(first)
+        del start["config"][flag]
+        log.write_text("\n".join([json.dumps(start), *rest, ""]))
+
+
+def test_a_flag_newer_than_the_logs_was_at_its_default(run, tmp_path):
+    run("--seeds", 2)
+    forget(tmp_path, "qk_norm")
+    _, trainer = run("--seeds", 3)
+    assert len(trainer.trained) == 2  # a seed more of each, and no complaint
+    done, trainer = run("--seeds", 3, "--qk_norm", "true", fails=True)
+    assert "was made with qk_norm False, not True" in done.stderr and not trainer.trained
+
+
+def test_a_second_search_in_the_same_folder_is_refused_before_it_runs(run, tmp_path):
+    run("--tune", "lr", "--lr", 6e-4)
+    done, trainer = run("--tune", "weight_decay", "--lr", 6e-4, fails=True)
+    assert "was made with lr 0.0012, not 0.0006" in done.stderr and not trainer.trained
+
+
+def test_a_trial_of_the_warmup_is_as_short_as_its_run(run, tmp_path):
+    run("--tune", "warmup_steps", "--tune_frac", 0.5)
+    logs = [log.read_text().splitlines()[0] for log in tmp_path.glob("out/tune/a/*/log.jsonl")]
+    found = {json.loads(line)["config"]["warmup_steps"] for line in logs}
+    assert 5 in found and max(found) < 10  # half of 10, and its neighbours
+
+
+def test_no_seeds_are_added_for_a_row_of_another_length(run, tmp_path):
+    for name, steps in {"a": 100, "b": 50}.items():
+        sizes = "n_layer = 1\nn_head = 2\nn_embd = 8\n"
+        (tmp_path / f"{name}.toml").write_text(f"{sizes}max_steps = {steps}\n")
+    argv = ["--seeds", 2, "--resolve", 0.001, "--max_seeds", 9]
+    _, trainer = run(*argv, common=False)
+    assert len(trainer.trained) == 4
+
+
 def test_a_run_says_what_the_study_expects_of_it(tmp_path):
     make_data(tmp_path / "data")
     made = trainer(tmp_path / "data", tmp_path / "run")
@@ -248,6 +307,7 @@ def test_typical_noise_goes_through_what_was_measured():
         (["--tune", "lr", "--tune_frac", 0], "above 0, up to 1"),
         (["--require", "c"], "it must be one of b"),
         (["--resolve", -1], "0 or more"),
+        (["--dry_run", "true"], "--plan tells what there is to do"),
     ],
 )
 def test_bad_input_ends_before_anything_runs(run, argv, words):

@@ -2,13 +2,13 @@
 
 Speed beside a peer: WORK is one of
 
-train       a training step                   beside build-nanogpt or nanoGPT
-hellaswag   scoring items                     beside build-nanogpt
-fineweb     text -> shards                    beside build-nanogpt
-generate    256 new tokens, batch 1           beside nanoGPT
-scaling     a training step from 1k to 16k tokens of context, windowed beside full attention
-card        all of the first 25 minutes on a CUDA card, right results first: --peers DIR is the
-            folder of both checkouts, --data DIR one of shards, --out DIR takes the results
+    train       a training step                   beside build-nanogpt or nanoGPT
+    hellaswag   scoring items                     beside build-nanogpt
+    fineweb     text -> shards                    beside build-nanogpt
+    generate    256 new tokens, batch 1           beside nanoGPT
+    scaling     a training step from 1k to 16k tokens of context, windowed beside full attention
+    card        all of the first 25 minutes on a CUDA card, right results first: --peers DIR is the
+                folder of both checkouts, --data DIR one of shards, --out DIR takes the results
 
 --peer is a checkout of the peer's repository; without one, ours runs alone. Ours and the peer's own
 code run in a process each, so that neither feels what the other does to torch or to the memory,
@@ -119,7 +119,7 @@ class BenchConfig:
     parts: str = ""
     """card: names of parts to run again, with commas between; empty = all that have no result"""
     minutes: float = first_card.MINUTES
-    """card: no part goes on for longer; the next call takes up what is left"""
+    """card: minutes for all parts together; the next call goes on with what is left"""
     small: bool = False
     """card: tiny sizes, to see on any machine that all parts run"""
 

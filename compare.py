@@ -1,5 +1,6 @@
 """python compare.py configs/gpt2_124m.toml configs/rope_gqa.toml --seeds 3 --max_steps 2000
-python compare.py runs/gpt2_124m runs/rope_gqa --out runs/comparison
+
+    python compare.py runs/gpt2_124m runs/rope_gqa --out runs/comparison
 
 Configs -> one fair table and its curves. Every config is trained once per seed, by train_gpt2.py,
 on the same tokens in the same order, with the weights that configs share starting equal; any flag
@@ -77,7 +78,7 @@ class CompareConfig:
     """score the last checkpoints at multiples of their context too, such as 1,2,4, on prose and on
     texts that stand twice, which tell how far back a model reads: lengths.md"""
     margin: float = 0.0
-    """nats; differences that are surely smaller are called equal; 0 = none is"""
+    """nats; differences that are surely smaller are called equal; 0 = no difference is"""
     noise: Literal["pooled", "own"] = "pooled"
     """pooled: one noise for all configs, where their spreads are alike; own: each row's, where they
     differ, which takes more seeds"""

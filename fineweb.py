@@ -1,6 +1,6 @@
 """python fineweb.py --source HuggingFaceFW/fineweb-edu --name sample-10BT --out data/fineweb-edu
 
-    python fineweb.py --source pydocs --out data/pydocs     # no network needed
+    python fineweb.py --source pydocs --out data/docs       # no network needed
     python fineweb.py --source my_texts/ --out data/mine    # txt, md, csv, jsonl, parquet ...
     python fineweb.py --source reviews.csv.gz --text_column review
     python fineweb.py --source https://example.org/texts.jsonl.zst

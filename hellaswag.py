@@ -4,10 +4,11 @@ Checkpoint -> HellaSwag score (Zellers et al. 2019): which of four endings conti
 CHECKPOINT is a run or step folder, a Hugging Face folder, or a hub name such as gpt2. There are
 two protocols, and figures of one are not comparable with figures of the other:
 
-completion  the raw text, as build-nanogpt and llm.c score it; acc_norm takes the mean loss per
-            token (gpt2 scores acc 0.2859, acc_norm 0.2955)
-harness     the activity's label first and WikiHow's markers cleaned away, as lm-evaluation-harness
-            scores it; acc_norm divides by characters (gpt2 scores acc 0.2892, acc_norm 0.3114)
+    completion  the raw text, as build-nanogpt and llm.c score it; acc_norm takes the mean loss per
+                token (gpt2 scores acc 0.2859, acc_norm 0.2955)
+    harness     the activity's label first and WikiHow's markers cleaned away, as
+                lm-evaluation-harness scores it; acc_norm divides by characters (gpt2 scores acc
+                0.2892, acc_norm 0.3114)
 
 acc takes the ending of the lowest summed loss; a tie goes to the first ending. Two more figures
 move before accuracy does: bpb, the bits per byte of the right ending, -log2 p(ending | context) /

@@ -1,6 +1,7 @@
 """python sample.py runs/quickstart --prompt "The function returns" --num_samples 3
-python sample.py runs/quickstart --chat
-python sample.py runs/quickstart --push OWNER/NAME
+
+    python sample.py runs/quickstart --chat
+    python sample.py runs/quickstart --push OWNER/NAME
 
 Checkpoint -> text. CHECKPOINT is a run or step folder, a Hugging Face folder or a hub name.
 """

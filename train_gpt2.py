@@ -1,5 +1,6 @@
 """python train_gpt2.py configs/quickstart.toml [--flags]
-torchrun --nproc_per_node=8 train_gpt2.py configs/gpt2_124m.toml
+
+    torchrun --nproc_per_node=8 train_gpt2.py configs/gpt2_124m.toml
 
 Shards -> checkpoints. Config files are read in order, flags win; --help lists every one of them.
 Run the same command again to continue a run from its last checkpoint.

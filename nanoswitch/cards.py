@@ -49,7 +49,7 @@ def named_card(device):
 def table(plan, most):
     """What a card can do with micro-batches up to `most` -> lines: memory, and two bounds on
     tokens/s: one where every operator reads and writes its tensors, as without torch.compile, one
-    where nothing but the products takes time. A real run stays below both."""
+    where nothing but the products takes time. A compiled run lies between them."""
     card, lines = plan.card, []
     held = bytes_held(plan.model_config, plan.config.parallel, plan.ranks.world)
     flops = flops_per_token(on_meta(plan.model_config))

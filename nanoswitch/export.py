@@ -1,4 +1,4 @@
-"""python -m nanoswitch.export runs/quickstart --out exported
+"""python -m nanoswitch.export runs/tiny_16m --out exported
 
 Checkpoint -> Hugging Face folder, which AutoModelForCausalLM and AutoTokenizer load without a
 network: config.json, model.safetensors, generation_config.json and, for GPT-2's vocabulary, the

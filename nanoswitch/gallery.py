@@ -25,7 +25,8 @@ HEAD = """
 A file here is a choice of a switch: `--attention NAME`, or of `--mlp`, `--norm`, `--pos` or
 `--residual`. To write one, copy [template.py](template.py);
 [CONTRIBUTING.md](../CONTRIBUTING.md) says how.
-`python -m nanoswitch.gallery` wrote this page, from what these two leave in experiments/variants/:
+`python -m nanoswitch.gallery` wrote this page from `experiments/variants/`. These commands fill
+that folder:
 
     python -m nanoswitch.prove NAME --out experiments/variants    # the checks and the costs
     python compare.py ... --ladder ...    # the losses: configs/ladder_variants.toml has all of it

@@ -56,7 +56,8 @@ def recipe(folder, vocab=N_VOCAB):
     cut = "" if vocab == N_VOCAB else f" --vocab_size {vocab}"
     if os.path.basename(os.path.normpath(folder)) != "fineweb-edu":
         return f"python fineweb.py --source pydocs{cut} --out {folder}"
-    own = f"python fineweb.py --source pydocs{cut} --out data/pydocs, then --data_dir data/pydocs"
+    here = "data/pydocs" if cut else "data/docs"
+    own = f"python fineweb.py --source pydocs{cut} --out {here}, then --data_dir {here}"
     return f"python fineweb.py{cut} --out {folder}; without a network: {own}"
 
 

@@ -1,6 +1,9 @@
-"""python -m nanoswitch.switches [CONFIG.toml ...] [--flags]    what a config is made of and costs
-python -m nanoswitch.switches table                            what each switch costs
-python -m nanoswitch.switches --plot DIR                       pictures of the biases and masks
+"""python -m nanoswitch.switches [CONFIG.toml ...] [--flags]
+
+What a config is made of and costs; or
+
+    python -m nanoswitch.switches table          what each switch costs
+    python -m nanoswitch.switches --plot DIR     pictures of the biases and masks
 
 Every figure is counts.py's, of the model that the config makes.
 """

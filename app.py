@@ -67,6 +67,8 @@ class Slot:
 
         The one before is freed first, so there are never two. A run that went on is read again."""
         key = step_of(name)
+        file = next((f for f in (key / "config.json", key) if f.is_file()), None)
+        key = key, file and state(file)  # another run may come to the same place
         if key != self.key:
             self.key = self.loaded = None
             gc.collect()
@@ -142,10 +144,12 @@ def probabilities(model, tokenizer, ids, drawn):
 
 
 def attention(model, ids):
-    """Attention weights over the tokens ids: of each layer (nh, T, T), query by key, on the CPU."""
-    with watched([block.attn for block in model.transformer.h], "attend", keep_weights) as layers:
+    """Attention weights over the tokens ids: of each layer (nh, T, T), query by key, on the CPU;
+    None of one that has none."""
+    attns = [block.attn for block in model.transformer.h]
+    with watched(attns, "attend", keep_weights) as kept:
         model.features(torch.tensor([ids], device=next(model.parameters()).device))
-    return layers
+    return [next((w for attn, w in kept if attn is own), None) for own in attns]
 
 
 def keep_weights(attend, kept, q, k, v, mask, cache, x):
@@ -154,11 +158,13 @@ def keep_weights(attend, kept, q, k, v, mask, cache, x):
     Linformer's summaries come out spread over the tokens they are made of, perhaps negative."""
     T, hs = v.shape[2:]  # slices as wide as a head: some kernels insist
     columns = torch.eye(T, math.ceil(T / hs) * hs, device=v.device, dtype=v.dtype).split(hs, dim=1)
-    parts = [
-        attend(q, k, eye.expand_as(v), mask, cache, x) for eye in columns
-    ]  # (1, nh, T, hs) each
-    kept.append(torch.cat(parts, dim=3)[0, :, :, :T].float().cpu())
-    return attend(q, k, v, mask, cache, x)
+    y = attend(q, k, v, mask, cache, x)
+    if torch.allclose(attend(q, k, 2 * v, mask, cache, x), 2 * y, rtol=0.01):  # differential is not
+        parts = [
+            attend(q, k, eye.expand_as(v), mask, cache, x) for eye in columns
+        ]  # (1, nh, T, hs) each
+        kept.append((attend.__self__, torch.cat(parts, dim=3)[0, :, :, :T].float().cpu()))
+    return y
 
 
 def spell(tokenizer, token):
@@ -216,8 +222,11 @@ def show_steps(name, reply):
 
 def show_attention(name, reply):
     """One layer: a head with its tokens written out, and every head as a thumbnail."""
+    layers = [i for i, weights in enumerate(reply.attention) if weights is not None]
+    if not layers:
+        return st.caption("This attention has no weights to draw")
     left, right = st.columns(2)
-    layer = left.selectbox("Layer", range(len(reply.attention)), key=f"layer {name}")
+    layer = left.selectbox("Layer", layers, key=f"layer {name}")
     weights = reply.attention[layer]  # (nh, T, T)
     head = right.selectbox("Head", range(len(weights)), key=f"head {name}")
     names = [f"{i} {token}" for i, token in enumerate(reply.tokens)]

@@ -125,7 +125,8 @@ class BenchConfig:
 
     def __post_init__(self):
         cli.at_least(self, 1, "rounds n_layer n_embd block_size items new_tokens workers")
-        cli.at_least(self, 1, "shard_tokens longest")
+        cli.at_least(self, 1, "shard_tokens")
+        cli.at_least(self, 1024, "longest")
         cli.at_least(self, 0, "micro_batch micro_steps minutes")
         if self.n_embd % 64:
             raise ValueError(f"n_embd is {self.n_embd}; heads are 64 wide, so try a multiple of 64")
@@ -552,7 +553,8 @@ def pydocs_parquet(folder):
 def we_tokenize(config):
     with tempfile.TemporaryDirectory() as folder:
         yield from tokenize_by(
-            [Path(__file__).with_name("fineweb.py"), f"--source={config.data}", "--out=shards",
+            [Path(__file__).with_name("fineweb.py"),
+             f"--source={os.path.abspath(config.data)}", "--out=shards",
              f"--workers={config.workers}", f"--shard_tokens={config.shard_tokens}",
              f"--val_tokens={config.shard_tokens}"],
             folder, "shards",

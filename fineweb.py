@@ -64,7 +64,7 @@ from nanoswitch.tokenizer import (
     token_bytes,
     utf8,
 )
-from nanoswitch.web import fetch, is_address
+from nanoswitch.web import fetch, is_address, own_folder
 
 VAL_TOKENS = 10_485_760  # the automatic val shard: 20 batches of 2^19 tokens
 BATCH_BYTES = 1 << 21  # text in one encoding task; bounds memory and amortises the thread hop
@@ -265,17 +265,19 @@ def is_local(source):
 def find_texts(folder, out):
     """The paths of the files in a folder that hold texts, sorted; says which it passes over. The
     shards' own folder `out` holds none, unless it is the folder itself; its manifests are none."""
-    found, out = [], os.path.realpath(out)
+    found, links, out = [], [], os.path.realpath(out)
     for place, folders, names in os.walk(folder):
         if os.path.realpath(place) == out:  # the shards may lie among the texts
             names = [name for name in names if not is_manifest(name)]
         found += [os.path.relpath(os.path.join(place, name), folder) for name in names]
+        linked = [name for name in folders if os.path.islink(os.path.join(place, name))]
         hidden = [name for name in folders if is_hidden(name)]
         found += [os.path.relpath(os.path.join(place, name), folder) + os.sep for name in hidden]
         own = [name for name in folders if os.path.realpath(os.path.join(place, name)) == out]
+        links += [os.path.relpath(os.path.join(place, name), folder) + os.sep for name in linked]
         folders[:] = set(folders) - {*hidden, *own}
-    texts, *passed = choose_files(found)
-    kinds = ("hidden", "about the others", "of kinds that are not read")
+    texts, *passed = *choose_files(found), links
+    kinds = ("hidden", "about the others", "of kinds that are not read", "links to folders")
     parts = [f"{len(n)} {kind} ({listed(n)})" for n, kind in zip(passed, kinds, strict=True) if n]
     if parts:
         say(f"{folder}: passed over {'; '.join(parts)}")
@@ -581,6 +583,22 @@ def fetch_pretokenized(config, manifest):
         raise ValueError(f"dataset {repo} has no .bin shards with 'train' in their names")
 
 
+def remove_downloads(config, manifest):
+    """Remove what this run fetched, and the folders that are then empty: the user's own files may
+    lie there too, even the source itself."""
+    if is_local(config.source) and not config.pretokenized:
+        return
+    files = [name for name, _ in manifest["source"].get("files", [])]
+    for name in files or ["pydocs.jsonl"] * (config.source == "pydocs"):
+        with contextlib.suppress(OSError):
+            os.remove(os.path.join(config.downloads, name))
+    own = own_folder(config.source, config.downloads) if is_address(config.source) else ".cache"
+    shutil.rmtree(os.path.join(config.downloads, own), ignore_errors=True)
+    for folder, _, _ in os.walk(config.downloads, topdown=False):
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(folder)
+
+
 def main():
     if sys.argv[1:2] == ["info"]:
         if len(sys.argv) != 3:
@@ -598,7 +616,7 @@ def main():
             manifest["done"] = True
             save_manifest(config, manifest)
             if not config.keep_downloads:
-                shutil.rmtree(config.downloads, ignore_errors=True)
+                remove_downloads(config, manifest)
             speed = (manifest["tokens"] - before) / (time.time() - start)
             state = f"finished at {speed:,.0f} tok/s"
         elif is_local(config.source) and not config.pretokenized:

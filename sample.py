@@ -21,7 +21,7 @@ from nanoswitch.decode import LOADED, kept_decoder
 from nanoswitch.device import autocast, pick_device, pick_dtype
 from nanoswitch.load import own_tokenizer
 from nanoswitch.publish import push
-from nanoswitch.tokenizer import EOT, get_tokenizer
+from nanoswitch.tokenizer import EOT, N_VOCAB, get_tokenizer
 
 with contextlib.suppress(ImportError):  # gives input() arrow keys and a history
     import readline  # noqa: F401
@@ -161,7 +161,10 @@ def load(checkpoint, device="auto"):
     """A checkpoint, by path or hub name -> its model and its load.own_tokenizer."""
     model = GPT.from_pretrained(checkpoint).to(pick_device(device)).eval()
     LOADED[model] = {}
-    return model, own_tokenizer(checkpoint, model.config)
+    own = own_tokenizer(checkpoint, model.config)
+    if own is None and not model.config.document_mask:  # ids beyond GPT-2's have no text
+        model.config.vocab_used = min(model.config.vocab_used, N_VOCAB)
+    return model, own
 
 
 # ----------------------------------------------------------------------------- the chat

@@ -231,6 +231,8 @@ class Plan:
             )
         if (c.attention_kernel, self.device.type, self.dtype) == ("flash", "cuda", torch.float32):
             raise ValueError("attention_kernel flash has no float32 on CUDA; use auto")
+        if c.attention_kernel == "flash" and self.device.type == "cpu" and c.dropout:
+            raise ValueError("attention_kernel flash has no dropout on a CPU; use auto")
         if not config.dry_run:
             self.check_memory(bytes_held(c, config.parallel, self.ranks.world))
         self.train = open_windows(config.data_dir, "train", c)

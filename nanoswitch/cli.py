@@ -201,6 +201,10 @@ def fail(message, status=1):
 def run(main):
     """Call main(). Expected failures (ValueError, OSError, a missing optional package) end in
     one line and status 1; --debug anywhere on the command line shows the traceback instead."""
+    # not all are UTF-8: a pipe on Windows, a Latin-1 locale
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     try:

@@ -17,9 +17,9 @@ from model import GPT
 from nanoswitch.cli import at_least
 from nanoswitch.device import autocast, pick_device, pick_dtype, tune_cpu
 from nanoswitch.files import pointer_hint, prepare_out, read_json, write_beside
-from nanoswitch.load import vocabulary_of
+from nanoswitch.load import has_other_ids, vocabulary_of
 from nanoswitch.scoring import NAMES, at_chance, error_name, paired, score_examples
-from nanoswitch.tokenizer import N_VOCAB
+from nanoswitch.tokenizer import N_VOCAB, has_gpt2_vocabulary
 
 
 @dataclass
@@ -119,8 +119,13 @@ def evaluate_checkpoint(config, load, tokenizers, score=score_examples):
     device = pick_device(config.device)
     tune_cpu(device)
     model = GPT.from_pretrained(config.checkpoint).to(device)
-    # another vocabulary is refused by score
-    vocab = vocabulary_of(config.checkpoint, model.config) or N_VOCAB
+    vocab = vocabulary_of(config.checkpoint, model.config)
+    if has_gpt2_vocabulary(model.config) and has_other_ids(config.checkpoint):
+        raise ValueError(
+            f"the vocabulary of {config.checkpoint} has GPT-2's size but is its own: only models "
+            f"of GPT-2's vocabulary, or of its beginning as fineweb.py cuts it, are scored"
+        )
+    vocab = vocab or N_VOCAB  # another size is refused by score
     result = {"n": len(items)}
     lines = [{"ind": item["ind"], "label": item["label"]} for item in items]
     for name, tokenize in tokenizers.items():

@@ -27,7 +27,7 @@ class ExportConfig:
 def main():
     config = cli.parse(ExportConfig)
     model = load_model(config.checkpoint)
-    vocab = vocabulary_of(config.checkpoint, model.config) or N_VOCAB
+    vocab = vocabulary_of(config.checkpoint, model.config) or 0
     kind = hf.save(model, config.out, vocab)
     print(f"{config.out}: {model.num_params():,} parameters in {kind} layout")
     if not (Path(config.out) / "tokenizer.json").exists():

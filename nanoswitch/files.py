@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 try:
@@ -35,6 +36,8 @@ def prepare_out(path, name):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     if os.path.isdir(path):
         raise ValueError(f"--out {path} is a folder; name a file: {os.path.join(path, name)}")
+    with tempfile.TemporaryFile(dir=os.path.dirname(path) or "."):  # OSError before the work
+        pass
 
 
 def python_path(folder):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model import GPTConfig
@@ -453,7 +454,11 @@ def save(model, folder, vocab=N_VOCAB):
     beside.mkdir(parents=True)
     if eot:
         write_tokenizer(beside, config.block_size, vocab)
-    save_file(weights, beside / WEIGHTS, {"format": "pt"})
+    try:
+        save_file(weights, beside / WEIGHTS, {"format": "pt"})
+    except SafetensorError as error:  # a full disk
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(f"could not write {folder}: {error}") from None
     write_json(beside / "config.json", write_config(held, kind, eot))
     generation = {"bos_token_id": eot, "eos_token_id": eot}
     if config.vocab_used < config.vocab_size:  # padding, never to be sampled

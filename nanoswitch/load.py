@@ -10,7 +10,13 @@ from model import GPTConfig
 from nanoswitch import foreign, hf
 from nanoswitch.files import check_sum, read_json
 from nanoswitch.hub import hub_download
-from nanoswitch.tokenizer import LEAST_VOCAB, N_VOCAB, get_tokenizer, has_gpt2_vocabulary
+from nanoswitch.tokenizer import (
+    LEAST_VOCAB,
+    N_VOCAB,
+    get_tokenizer,
+    gpt2_json,
+    has_gpt2_vocabulary,
+)
 from nanoswitch.weights import empty, fill, read_safetensors
 
 
@@ -93,14 +99,32 @@ def vocabulary_of(checkpoint, config):
     Fewer than all of them only a run, a step or an export made here has: its config.json has our
     "model", or our "vocab_used" with the end-of-text id that save() writes. Any other small
     vocabulary is one of its own."""
-    if has_gpt2_vocabulary(config):
-        return N_VOCAB
     folder, used = step_of(checkpoint), config.vocab_used
+    if has_gpt2_vocabulary(config):
+        return None if has_other_ids(folder, used) else N_VOCAB
     if not folder.is_dir() or foreign.find(folder) or not LEAST_VOCAB <= used < N_VOCAB:
         return None
     about = read_json(folder / "config.json")
     exported = "vocab_used" in about and about.get("eos_token_id") == used - 1
     return used if "model" in about or exported else None
+
+
+def has_other_ids(checkpoint, used=N_VOCAB):
+    """Whether the first `used` ids of a Hugging Face folder's vocabulary are not GPT-2's, though it
+    is of that size."""
+    folder = step_of(checkpoint)
+    if not folder.is_dir() or foreign.find(folder):
+        return False
+    path, old = folder / "tokenizer.json", folder / "vocab.json"
+    if "model" in read_json(folder / "config.json") or not (path.is_file() or old.is_file()):
+        return False
+    ids = read_json(path if path.is_file() else old)
+    if path.is_file():
+        added = {token["content"]: token["id"] for token in ids.get("added_tokens", ())}
+        ids = ids.get("model", {}).get("vocab")
+        ids = {**ids, **added} if isinstance(ids, dict) else {}
+    ids = {token: i for token, i in ids.items() if i < used}
+    return ids != gpt2_json()["model"]["vocab"]
 
 
 def own_tokenizer(checkpoint, config):

@@ -574,6 +574,8 @@ def main():
         modes, chosen = json.loads(sys.argv[3])
         return train_on_ranks(Path(sys.argv[2]), modes, chosen)
     config = cli.parse(ProveConfig)
+    if not config.names:
+        raise ValueError(f"name a variant: {', '.join(variants())}")
     for name in config.names:
         if name not in variants():
             raise unknown("variant", name, variants())

@@ -75,7 +75,7 @@ def export(model, own, folder):
     Face's, or "nanoswitch" where none can hold it."""
     foreign = isinstance(own, Tokenizer)
     cut = own and not foreign  # the beginning of GPT-2's vocabulary
-    vocab = own.eot + 1 if cut else N_VOCAB
+    vocab = own.eot + 1 if cut else 0 if foreign else N_VOCAB
     try:
         kind = hf.save(model, folder, vocab)
     except ValueError as error:

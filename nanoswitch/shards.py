@@ -225,7 +225,7 @@ def match_vocabulary(folder, config):
             f"vocab_size {config.vocab_size} is smaller than the shards' vocabulary of {vocab} ids;"
             f" give --vocab_size {rows} --vocab_used {vocab}"
         )
-    if trained_vocabulary(config) != vocab or config.vocab_used > config.vocab_size:
+    if config.vocab_used != vocab or trained_vocabulary(config) != vocab:
         hint = f"give --vocab_used {vocab} --vocab_size {rows}"
         raise ValueError(f"{folder} holds ids of a vocabulary of {vocab}: {hint}")
     return vocab

@@ -117,7 +117,7 @@ def summary(config):
         window, kind, pos = c.windows[layer], c.attentions[layer], c.encodings[layer]
         kind = f"window {window}" if kind == "full" and window else kind
         kind += f" {pos}" if len(others) else ""
-        inner = block.mlp.c_fc.out_features if hasattr(block.mlp, "c_fc") else c.mlp_hidden
+        inner = getattr(getattr(block.mlp, "c_fc", None), "out_features", c.mlp_hidden)
         shape = (
             f"q {c.n_head} x {hs}, k v {c.n_kv_head} x {hs}; "
             f"{c.mlp} {c.n_embd} > {inner} > {c.n_embd}"

@@ -26,12 +26,15 @@ def file_name(address):
     return name
 
 
+def own_folder(address, folder):
+    return os.path.join(folder, hashlib.sha256(address.encode()).hexdigest()[:16])
+
+
 def fetch(address, folder):
     """Download a file once -> its path in `folder`, which no other address shares. What is there of
     a download that was cut short is kept, if the server says that it is still the same file.
     ValueError when it cannot be had, or is not as long as the server said."""
-    own = hashlib.sha256(address.encode()).hexdigest()[:16]
-    path = os.path.join(folder, own, file_name(address))
+    path = os.path.join(own_folder(address, folder), file_name(address))
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         page = with_retries(address, lambda: download(address, path + ".part"), OFFLINE)

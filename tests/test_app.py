@@ -112,6 +112,23 @@ def test_attention_of_more_tokens_than_a_head_has_channels():
         torch.testing.assert_close(many.sum(2), torch.ones(2, 37))
 
 
+@pytest.mark.parametrize(
+    "changes, drawn",
+    [
+        (dict(attention="differential"), []),  # a norm after its weights: they do not tell
+        (dict(attention="mla", n_kv_head=2), []),
+        (dict(attention="gated_deltanet", attention_pattern="gated_deltanet,full"), [1]),
+    ],
+)
+def test_attention_that_has_no_weights_is_left_out(changes, drawn):
+    model = writer(n_embd=64, pos="rope", **changes)
+    with torch.no_grad():
+        layers = app.attention(model, list(range(10)))
+    assert [i for i, weights in enumerate(layers) if weights is not None] == drawn
+    for weights in filter(lambda one: one is not None, layers):
+        torch.testing.assert_close(weights.sum(2), torch.ones(2, 10))
+
+
 def test_the_table_holds_the_models_probabilities():
     """Constant logits, so that they are known: a 1/2, b 3/10, newline 1/5."""
     model = writer(block_size=128, tie_embeddings=False)
@@ -173,7 +190,13 @@ def test_a_run_that_went_on_is_read_again(tmp_path):
     assert slot.load(str(run), "cpu")[0] is first
     (run / "step_000004").rename(run / "step_000008")
     (run / "latest").write_text("step_000008")
-    assert slot.load(str(run), "cpu")[0] is not first
+    second, _ = slot.load(str(run), "cpu")
+    assert second is not first
+    shutil.rmtree(run)  # and another one begun in its place comes to the same step
+    other = save_run(tmp_path / "run", writer())
+    (other / "step_000004").rename(other / "step_000008")
+    (other / "latest").write_text("step_000008")
+    assert slot.load(str(run), "cpu")[0] is not second
 
 
 def test_importing_needs_no_streamlit_and_running_names_it():

@@ -70,6 +70,14 @@ def test_the_error_is_one_sentence_on_any_terminal(encoding, flag, tmp_path):
     assert not re.search(r"[│╭╰─]|---|helptext", done.stderr), done.stderr
 
 
+def test_text_that_the_output_cannot_show_ends_nothing():
+    """Not every stream is UTF-8: a redirect on Windows, a Latin-1 locale."""
+    code = "from nanoswitch import cli; cli.run(lambda: print('a \\u4e2d b'))"
+    env = {**os.environ, "PYTHONPATH": python_path(ROOT), "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
+    assert done.returncode == 0 and done.stdout.split() == [b"a", rb"\u4e2d", b"b"]
+
+
 def refused(capsys, *argv, classes=(Model, Train), configs=True):
     """The one line on stderr."""
     with pytest.raises(SystemExit) as stop:

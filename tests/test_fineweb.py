@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -859,6 +860,35 @@ def test_shards_may_lie_among_the_texts(tmp_path, capsys):
     for _ in range(2):
         run("--source", out, "--out", out)
     assert "finished" in capsys.readouterr().out
+
+
+def test_a_users_own_downloads_stay(tmp_path):
+    """OUT/downloads is where fetched files go; texts of the user's own may lie there too."""
+    out = tmp_path / "data"
+    (out / "downloads").mkdir(parents=True)
+    source = write_texts(out / "downloads" / "a.jsonl", make_texts(30))
+    before = source.read_bytes()
+    run("--source", source, "--out", out)
+    assert source.read_bytes() == before
+    note = tmp_path / "b" / "downloads" / "notes.txt"
+    note.parent.mkdir(parents=True)
+    note.write_text("mine")
+    config = SimpleNamespace(source="owner/name", pretokenized="", downloads=str(note.parent))
+    fetched = note.parent / "sample" / "x.parquet"
+    fetched.parent.mkdir()
+    fetched.write_bytes(b"")
+    fineweb.remove_downloads(config, {"source": {"files": [["sample/x.parquet", 0]]}})
+    assert note.read_text() == "mine" and not fetched.parent.exists()
+
+
+def test_linked_folders_are_named(tmp_path, capsys):
+    (tmp_path / "real").mkdir()
+    write_texts(tmp_path / "real" / "b.jsonl", make_texts(3))
+    (tmp_path / "texts").mkdir()
+    write_texts(tmp_path / "texts" / "a.jsonl", make_texts(30))
+    (tmp_path / "texts" / "sub").symlink_to(tmp_path / "real")
+    run("--source", tmp_path / "texts", "--out", tmp_path / "out")
+    assert "passed over 1 links to folders (sub/)" in capsys.readouterr().err
 
 
 def test_busy_folders_are_refused(tmp_path):

@@ -22,7 +22,7 @@ import hellaswag
 import sample
 import train_gpt2
 from model import GPT, GPTConfig
-from nanoswitch import export, load, shards
+from nanoswitch import export, hf, load, shards
 from nanoswitch.shards import list_shards, load_shards, open_shard, vocabulary
 from nanoswitch.tokenizer import (
     bits_per_byte,
@@ -30,6 +30,7 @@ from nanoswitch.tokenizer import (
     encode_texts,
     get_gigatoken,
     get_tokenizer,
+    gpt2_json,
     gpt2_ranks,
     token_bytes,
     utf8,
@@ -299,6 +300,31 @@ def test_a_foreign_model_of_as_many_ids_keeps_its_tokenizer(tmp_path, trained, c
     assert load.vocabulary_of(tmp_path / "again", model.config) is None
 
 
+def test_a_foreign_model_of_gpt2s_size_keeps_its_tokenizer(tmp_path, trained, capsys):
+    """As a GPT-2 of another language is: its ids are its own, however many there are."""
+    special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    end = special | {"id": 50256, "content": "<|endoftext|>", "normalized": False}
+    made = gpt2_json([end])
+    ids = made["model"]["vocab"]
+    ids.update({token: (i + 1000) % 50256 for token, i in ids.items() if i < 50256})
+    folder = tmp_path / "theirs"
+    hf.save(GPT(GPTConfig(block_size=64, vocab_size=50257, n_layer=1, n_head=2, n_embd=16)), folder)
+    model = GPT.from_pretrained(folder)
+    assert load.own_tokenizer(folder, model.config) is None  # GPT-2's own, as it was saved
+    about = json.loads((folder / "config.json").read_text())
+    about.pop("vocab_used", None)
+    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    own = load.own_tokenizer(folder, model.config)
+    theirs = [made["model"]["vocab"]["\u0120cat"]]
+    assert own.encode(" cat") == theirs != get_tokenizer().encode(" cat")
+    capsys.readouterr()
+    assert run_main(hellaswag.main, folder, "--data", trained / "val.jsonl") == 1
+    assert "has GPT-2's size but is its own" in capsys.readouterr().err
+    assert run_main(export.main, folder, "--out", tmp_path / "again") == 0
+    assert not (tmp_path / "again" / "tokenizer.json").exists()
+
+
 REFUSED = [
     ({"vocab_used": 50257, "vocab_size": 50304}, "data holds ids of a vocabulary of 512: give "
      "--vocab_used 512 --vocab_size 512"),
@@ -309,6 +335,9 @@ REFUSED = [
     ({"data_dir": "WHOLE"}, "vocab_size 512 is smaller than the shards' vocabulary of 50257"),
     ({"data_dir": "WHOLE", "vocab_size": 50304}, "holds ids of a vocabulary of 50257: give "
      "--vocab_used 50257 --vocab_size 50304"),
+    # ids without a text, and a document mask that waits for an end of text that never comes
+    ({"data_dir": "WHOLE", "vocab_size": 50304, "vocab_used": 50304}, "holds ids of a vocabulary "
+     "of 50257: give --vocab_used 50257 --vocab_size 50304"),
     ({"data_dir": "gone"}, "python fineweb.py --source pydocs --vocab_size 512 --out gone"),
 ]  # fmt: skip
 

@@ -142,7 +142,7 @@ def page(folder=ROOT / "experiments/variants"):
             where = f"../experiments/variants/{path.parent.name}/results.md"
             parts += ladder_part(found, shown, where)
             missing = [name for name in missing if name not in shown]
-    parts += [f"Not yet run: {', '.join(missing)}."] * bool(missing)
+    parts += [f"Without a row: {', '.join(missing)}."] * bool(missing)
     return "\n\n".join(parts) + "\n"
 
 

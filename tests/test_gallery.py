@@ -58,7 +58,7 @@ def test_a_card_is_shown_with_what_fails_and_what_it_costs(tmp_path):
     assert cells == [gallery.about("x0"), "3 of 4", "+25.0%", "+25.0%", "+25.0%", "+25.0%"]
     assert "embedding, carried along" in cells[0] and "- x0: no windows\n" in text
     assert rows(text)["xsa"][0][1:] == ["not yet run", *"----"]
-    assert "Not yet run: " in text and rows(text)["nope"][0][1:] == list("-----")
+    assert "Without a row: " in text and rows(text)["nope"][0][1:] == list("-----")
 
 
 GAIN = {"llama": 1.0, "x0": 2.0, "post": 0.4}
@@ -84,7 +84,7 @@ def test_a_ladder_is_shown_at_its_two_smallest_sizes(climb, tmp_path, monkeypatc
             assert mean == pytest.approx(GAIN[name], rel=0.25) and low <= mean <= high
         assert says == word
     assert "Kept, though none of these sizes shows a gain: post." in text
-    assert "x0" not in text.split("Not yet run: ")[1] and "xsa" in text.split("Not yet run: ")[1]
+    assert "x0" not in text.split("Without a row: ")[1] and "xsa" in text.split("Without a row: ")[1]
     assert "llama at n_embd" in text and "3 seeds; each config at the same rates" in text
 
 

@@ -346,7 +346,9 @@ def merge(out, other, entries, jobs=()):
 
 def is_run(path):
     """Whether a path in a comparison's OUT is that of a run: [n_embd_N/]runs/NAME/seed_N, or so."""
-    *size, kind, _, run = path.parts if len(path.parts) > 2 else ("", "", "")
+    if len(path.parts) < 3:
+        return False
+    *size, kind, _, run = path.parts
     of_size = not size or (len(size) == 1 and size[0].startswith("n_embd_"))
     return of_size and kind in ("runs", "tune", "tuned") and not run.endswith(".copying")
 

@@ -20,6 +20,7 @@ from nanoswitch.log import DIVERGED, DIVERGED_MARK, read_run
 from nanoswitch.signals import StopSignal
 from train_gpt2 import TrainConfig
 
+DEFAULTS = {f.name: f.default for c in (GPTConfig, TrainConfig) for f in fields(c)}
 INCIDENTAL = {  # where and how a run was done, not what it computes
     "run_dir", "data_dir", "hellaswag_data", "device", "compile", "parallel", "micro_batch",
     "print_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume", "curve",
@@ -67,8 +68,7 @@ class Job:
 
 def config_then(run):
     """All flags of a Run: one that is newer than its log was at its default."""
-    newer = {f.name: f.default for c in (GPTConfig, TrainConfig) for f in fields(c)}
-    return newer | run.config
+    return DEFAULTS | run.config
 
 
 def check_seen(run, seen):

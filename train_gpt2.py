@@ -222,7 +222,8 @@ class Plan:
             self.dtype = self.card.dtype
         tune_cpu(self.device)
         if config.init_from:
-            self.surgery = surgery.of_run(model_config, config)
+            begun = checkpoints.newest_config(config.run_dir)
+            self.surgery = surgery.of_this_run(model_config, config, begun)
             model_config = self.surgery.new
         self.model_config = c = model_config
         if c.attention_kernel == "flex" and self.device.type != "cuda" and not self.card:
@@ -652,14 +653,15 @@ def save(trainer, run, log, done, must):
         log.write(event="save failed", step=done, error=str(error))
 
 
-def read_flags(argv=None):
-    """A command line (the process's own without argv) -> GPTConfig, TrainConfig. Beside --init_from
-    the first is surgery.Wishes: what the flags leave open, the checkpoint says."""
+def read_flags(argv=None, more=(), description=__doc__):
+    """A command line (the process's own without argv) -> [GPTConfig, TrainConfig, one of each class
+    in `more`]. Beside --init_from the first is surgery.Wishes: what the flags leave open, the
+    checkpoint says."""
     given = cli.given(argv, configs=True)
     kind = surgery.Wishes if given.get("init_from") else GPTConfig
-    model, train = cli.parse(kind, TrainConfig, argv=argv, configs=True, description=__doc__)
-    model.given = given
-    return model, train
+    read = cli.parse(kind, TrainConfig, *more, argv=argv, configs=True, description=description)
+    read[0].given = given
+    return read
 
 
 def main():

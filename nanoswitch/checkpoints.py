@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model import GPTConfig
-from nanoswitch.files import SUMS, check_sum, locked, sha256, sync, write_beside
+from nanoswitch.files import SUMS, check_sum, locked, read_json, sha256, sync, write_beside
 
 FILES = ("model.safetensors", "train_state.pt", "config.json")
 
@@ -126,6 +126,15 @@ def recover(run, say=print):
             f"--run_dir"
         )
     return None
+
+
+def newest_config(run):
+    """config.json of the run folder's newest checkpoint, {} where there is none that can be read:
+    what recover() will say more of."""
+    for folder in step_folders(run)[::-1]:
+        with contextlib.suppress(ValueError, OSError):
+            return read_json(folder / "config.json")
+    return {}
 
 
 def find_damage(folder):

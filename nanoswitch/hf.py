@@ -29,6 +29,7 @@ from nanoswitch.weights import check_whole, empty, fill, read_safetensors, read_
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_WEIGHTS, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WHERE = (INDEX, WEIGHTS, OLD_INDEX, OLD_WEIGHTS)  # a model's weights, in this order
+VOCABULARIES = ("tokenizer.json", "vocab.json")  # the first holds all of the second
 OFFLINE = "without a network weights load only from a folder"
 # buffers of older uploads: the causal mask, RoPE's wavelengths
 BUFFERS = (
@@ -384,7 +385,7 @@ def shard_names(index):
 
 
 def download(name):
-    """Fetch a hub model's config and weights -> their folder in the hub's cache."""
+    """Fetch a hub model's config, vocabulary and weights -> their folder in the hub's cache."""
     from huggingface_hub import file_exists
 
     def fetch(file, check, revision=None):
@@ -406,7 +407,11 @@ def download(name):
     def there(file):
         return with_retries(name, lambda: file_exists(name, file, revision=commit), OFFLINE)
 
-    found = weights_in(folder) or next(filter(there, WHERE), None)
+    found = weights_in(folder)
+    if not found:  # the vocabulary first: where weights are, it was looked for
+        if vocabulary := next(filter(there, VOCABULARIES), None):
+            fetch(vocabulary, read_json, commit)
+        found = next(filter(there, WHERE), None)
     if not found:
         raise ValueError(f"{name} has no weights that this reads: none of {', '.join(WHERE)}")
     if found in (INDEX, OLD_INDEX):

@@ -101,7 +101,7 @@ def vocabulary_of(checkpoint, config):
     vocabulary is one of its own."""
     folder, used = step_of(checkpoint), config.vocab_used
     if has_gpt2_vocabulary(config):
-        return None if has_other_ids(folder, used) else N_VOCAB
+        return None if has_other_ids(checkpoint, used) else N_VOCAB
     if not folder.is_dir() or foreign.find(folder) or not LEAST_VOCAB <= used < N_VOCAB:
         return None
     about = read_json(folder / "config.json")
@@ -110,12 +110,12 @@ def vocabulary_of(checkpoint, config):
 
 
 def has_other_ids(checkpoint, used=N_VOCAB):
-    """Whether the first `used` ids of a Hugging Face folder's vocabulary are not GPT-2's, though it
-    is of that size."""
-    folder = step_of(checkpoint)
-    if not folder.is_dir() or foreign.find(folder):
+    """Whether the first `used` ids of the vocabulary of a Hugging Face folder or hub name are not
+    GPT-2's, though it is of that size."""
+    if foreign.find(checkpoint):
         return False
-    path, old = folder / "tokenizer.json", folder / "vocab.json"
+    folder = find_folder(checkpoint)
+    path, old = (folder / name for name in hf.VOCABULARIES)
     if "model" in read_json(folder / "config.json") or not (path.is_file() or old.is_file()):
         return False
     ids = read_json(path if path.is_file() else old)

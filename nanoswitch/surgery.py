@@ -33,6 +33,8 @@ class Surgery:
     rows: list = field(default_factory=list)
     lines: list = field(default_factory=list)
     """every change and what it means, one line each"""
+    begun: bool = False
+    """whether the weights come with the run's own checkpoint"""
 
     @property
     def kept(self):
@@ -292,6 +294,17 @@ def of_run(flags, config):
     return plan(load_config(config.init_from), wishes(flags), config)
 
 
+def of_this_run(flags, config, begun):
+    """of_run, given the config.json of the run's own newest checkpoint or {}. One that has begun
+    holds its own weights, and goes on where the checkpoint that it came from is gone."""
+    if begun.get("init_from") != config.init_from:
+        return of_run(flags, config)
+    model = GPTConfig(**begun["model"])
+    s = Surgery(model, replace(model, **wishes(flags)), config.init_heads, config.init_layers)
+    s.lines, s.begun = begun["surgery"], True
+    return s
+
+
 def difference(s, name):
     old, new = (str(getattr(config, name)) or "''" for config in (s.old, s.new))
     return f"{name} {old} -> {new}"
@@ -315,6 +328,8 @@ def refuse(s, name, reason, config):
 
 def begin(checkpoint, s):
     """The GPT of a checkpoint after surgery, in fp32. What it lacks is drawn from torch's seed."""
+    if s.begun:
+        return GPT(s.new)
     model = load_model(checkpoint)
     return perform(model, s, checkpoint) if s.lines else model
 

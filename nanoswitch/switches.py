@@ -2,6 +2,7 @@
 
 What a config is made of and costs; or
 
+    python -m nanoswitch.switches --init_from gpt2 [--flags]    of a checkpoint
     python -m nanoswitch.switches table          what each switch costs
     python -m nanoswitch.switches --plot DIR     pictures of the biases and masks
 
@@ -15,10 +16,10 @@ from pathlib import Path
 import torch
 
 from model import ATTENTIONS, POSITIONS, GPTConfig, has_bias
-from nanoswitch import cli
+from nanoswitch import cli, surgery
 from nanoswitch.counts import flops_per_token, kv_bytes_per_token, mask_bytes, on_meta
 from nanoswitch.kernels import attention_mask
-from train_gpt2 import TrainConfig
+from train_gpt2 import read_flags
 
 # ----------------------------------------------------------------------------- the table
 
@@ -205,8 +206,9 @@ class ShowConfig:
 def main():
     if sys.argv[1:] == ["table"]:
         return print("\n".join(table()))
-    # config files hold the fields of training too
-    config, _, show = cli.parse(GPTConfig, TrainConfig, ShowConfig, configs=True)
+    config, train, show = read_flags(more=(ShowConfig,), description=__doc__)
+    if train.init_from:
+        config = surgery.of_run(config, train).new
     if show.plot:
         plot(config, show.plot)
     else:

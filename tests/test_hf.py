@@ -12,8 +12,8 @@ from hub_server import point_client_at, serve
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
-from nanoswitch import export, hf
-from nanoswitch.tokenizer import EOT, get_tokenizer
+from nanoswitch import export, hf, load
+from nanoswitch.tokenizer import EOT, get_tokenizer, gpt2_json
 
 transformers = pytest.importorskip("transformers")
 V, T = 97, 24
@@ -199,6 +199,32 @@ def test_a_hub_name_loads_through_faults_and_once(tmp_path, cache, monkeypatch):
             asked = sum(hub.requests.values())
             GPT.from_pretrained(name)
             assert sum(hub.requests.values()) == asked  # from the cache
+
+
+def test_a_hub_name_comes_with_its_own_vocabulary(tmp_path, cache, monkeypatch):
+    """As a GPT-2 of another language is: of GPT-2's size, but other ids."""
+    fields = dict(block_size=8, vocab_size=50257, n_layer=1, n_head=1, n_embd=2)
+    hf.save(GPT(GPTConfig(**fields)), tmp_path / "theirs")
+    files, made = files_of(tmp_path / "theirs"), gpt2_json()
+    ids = made["model"]["vocab"]
+    ids.update({token: (i + 1000) % 50256 for token, i in ids.items() if i < 50256})
+    about = json.loads(files["config.json"])
+    about.pop("vocab_used", None)
+    files["config.json"] = json.dumps(about).encode()
+    english = dict(files)
+    files["tokenizer.json"] = json.dumps(made).encode()
+    old = files | {"vocab.json": json.dumps(ids).encode()}
+    del old["tokenizer.json"]
+    repos = {"me/german": files, "me/older": old, "me/english": english}
+    with serve(repos) as hub:
+        point_client_at(hub.url, monkeypatch)
+        models = {name: GPT.from_pretrained(name) for name in repos}
+        asked = sum(hub.requests.values())
+        vocabularies = {name: load.vocabulary_of(name, m.config) for name, m in models.items()}
+        assert vocabularies == {"me/german": None, "me/older": None, "me/english": 50257}
+        own = load.own_tokenizer("me/german", models["me/german"].config)
+        assert own.encode("cat") == [ids["cat"]]
+        assert sum(hub.requests.values()) == asked  # all of it from the cache
 
 
 def test_older_hub_repos_and_names_that_are_none(tmp_path, cache, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from test_compare import command as compare_command
 
 import train_gpt2 as t
 from model import GPT, GPTConfig
-from nanoswitch import cli, surgery
+from nanoswitch import cli, surgery, switches
 from nanoswitch.load import load_model
 
 T, V, C, NH = 24, 97, 32, 4
@@ -368,6 +369,29 @@ def test_a_run_from_a_run_begins_anew_and_says_where_it_came_from(run, data, tmp
     assert entries(tmp_path / "new")[-1]["step"] == 2
 
 
+def test_a_run_goes_on_when_what_it_came_from_is_gone(run, data, tmp_path, monkeypatch, capsys):
+    base, flags = tmp_path / "base", dict(n_kv_head=2, dropout=0)
+    shutil.copytree(run, base)
+    whole = dict(init_from=base, run_dir=tmp_path / "whole", **flags)
+    command(monkeypatch, data, **whole, max_steps=3)
+    stopped = dict(init_from=base, run_dir=tmp_path / "stopped", **flags)
+    command(monkeypatch, data, **stopped, max_steps=3, checkpoint_every=1)
+    shutil.rmtree(tmp_path / "stopped/step_000003")
+    shutil.rmtree(base)
+    command(monkeypatch, data, **stopped, max_steps=3)
+    ends = [load_file(tmp_path / name / "step_000003/model.safetensors")
+            for name in ("whole", "stopped")]  # fmt: skip
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], w) for name, w in ends[1].items())
+    config = json.loads((tmp_path / "stopped/step_000003/config.json").read_text())
+    assert config["init_from"] == str(base) and any(
+        "n_kv_head 4 -> 2" in line for line in config["surgery"]
+    )
+    with pytest.raises(SystemExit):  # as another model it still does not go on
+        command(monkeypatch, data, **stopped | dict(n_kv_head=1), max_steps=3)
+    assert "holds a run with n_kv_head 2, this one has 1" in capsys.readouterr().err
+
+
 def test_the_data_order_begins_anew(run, data, tmp_path, monkeypatch):
     """A rate of almost 0 leaves the weights alone: the steps' losses are those of the batches."""
     command(monkeypatch, data, run_dir=tmp_path / "a", init_from=run, dropout=0, lr=1e-30)
@@ -424,6 +448,13 @@ def test_a_dry_run_takes_no_weights(run, data, monkeypatch, capsys):
     attention = C * (C + 2 * 2 * 4) + (C + 2 * 2 * 4) + C * C + C
     N = V * C + 4 * (attention + 8 * C * C + 5 * C + 4 * C) + 2 * C
     assert f"parameters {N:,} " in out
+
+
+def test_the_switches_shown_are_the_checkpoints(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["switches", "--init_from", str(run), "--n_kv_head", "2"])
+    cli.run(switches.main)
+    out = capsys.readouterr().out
+    assert out.count("q 4 x 4, k v 2 x 4") == 4 and "wpe: rope" in out and "T = 16" in out
 
 
 def test_without_changes_the_weights_are_the_checkpoints(run, data, tmp_path):

@@ -99,7 +99,8 @@ def ladder_part(found, names, where):
         f"Beside {first} at {' and '.join(said)}; {seeds} seeds; each config at "
         f"{f'its own {tune}' if tune else 'the same rates'}. Below 0 the variant has the lower "
         f"loss; the intervals hold for all rows at once. The gain is how many times the compute "
-        f"{first} needs for the same loss. Parameters are not matched. [All of it]({where})."
+        f"{first} needs for the same loss. Parameters are not matched, and a config may keep its "
+        f"variant to some layers, where the costs above are those of all. [All of it]({where})."
     )
     head, rows, idle = ["variant"], [], []
     for size in sizes:

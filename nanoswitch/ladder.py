@@ -121,7 +121,7 @@ def ladder(losses, draws=DRAWS, seed=0):
     "ci95"}, "equal_flops", "equal_tokens", each {"gain": [{"compute", "mean", "ci95"}], "trend"}}}.
 
     The first name's config is the reference: it has three sizes or more, and the others at least
-    the two smallest; with two, their own fit is None. trend: grows, holds or shrinks, by the 95%
+    the two smallest; with two, their own fit is None. trend: grows, shrinks or undecided, by the 95%
     interval of the slope of log gain over log compute. A gain without end is None."""
     first = next(iter(losses))
     sizes = {name: len(of) for name, of in losses.items()}
@@ -174,7 +174,7 @@ def trend_of(compute, ratio, seeds):
     x = np.log(compute) - np.log(compute).mean()
     (low,), (high,) = interval((logs(ratio) @ x / (x @ x))[:, None], seeds)
     nothing = 1e-9  # the slope of gains that are all clipped alike is rounding
-    return "grows" if low > nothing else "shrinks" if high < -nothing else "holds"
+    return "grows" if low > nothing else "shrinks" if high < -nothing else "undecided"
 
 
 # ----------------------------------------------------------------------------- runs
@@ -508,7 +508,8 @@ def trends(curves):
         rows.append([name, *(way or "-" for way in ways), *map(gain_text, numbers)])
     note = (
         "What the gain does as compute grows: it grows or shrinks where the 95% interval of its "
-        "slope says so, else it holds as far as these seeds can tell."
+        "slope says so, and all else is undecided, which is not the same as lasting. Each row is "
+        "judged alone: of twenty gains that do not change, one is said to."
     )
     return "Does it last?", head, rows, [note]
 
@@ -527,7 +528,7 @@ def rates(found):
             rows.append([name, best, "-", "-", "-", "not finished"])
             continue
         factor = seen["best"] / seen["rule"]
-        says = "holds" if 0.7 < factor < 1.42 else f"off by {factor:.2g}"
+        says = "fits" if 0.7 < factor < 1.42 else f"off by {factor:.2g}"
         lost = "-" if seen["lost"] is None else f"{seen['lost']:.4f}"
         rows.append([name, best, f"{seen['rule']:g}", f"{seen['best']:g}", lost, says])
     note = (
@@ -537,6 +538,8 @@ def rates(found):
         f"at {next_size} is more than one factor away, the gains of larger sizes are those of a "
         f"wrong rate, and rate_power should change."
     )
+    if search["frac"] == 1:
+        note += " On all of the steps, that seed's run at its own rate is one of the table's too."
     return f"{flag} by the rule", head, rows, [note]
 
 

@@ -429,7 +429,7 @@ def show_plan(config, parts):
         pooled = config.noise == "pooled"
         n = stats.seeds_for(config.resolve, math.sqrt(2) * sd, rows, pooled)
         about = f"about {n:,}" if n else "more than 10,000"
-        print(f"          intervals narrower than {config.resolve:g} nats: {about} seeds")
+        print(f"          intervals narrower than {config.resolve:g} nats: {about} seeds, or more")
 
 
 def flop_rate(device, dtype):

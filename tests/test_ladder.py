@@ -75,7 +75,7 @@ def test_a_gain_holds_for_computes_that_are_not_the_firsts():
     assert [one["mean"] for one in tokens] == pytest.approx([2.6] * 4, rel=1e-3)
 
 
-@pytest.mark.parametrize("power, word", [(0.2, "grows"), (-0.2, "shrinks"), (0.0, "holds")])
+@pytest.mark.parametrize("power, word", [(0.2, "grows"), (-0.2, "shrinks"), (0.0, "undecided")])
 def test_the_trend_of_a_gain(power, word):
     rng = np.random.default_rng(1)
     losses = {
@@ -94,7 +94,7 @@ def test_three_seeds_show_no_more_than_they_know():
         found = ladder.ladder({"first": first, "row": row}, draws=100)["row"]["equal_flops"]
         low, high = found["gain"][1]["ci95"]
         inside += (low or 0) <= 1.3 <= (high or np.inf)
-        moves += found["trend"] != "holds"
+        moves += found["trend"] != "undecided"
     assert inside / tables > 0.88 and moves / tables < 0.13
 
 
@@ -200,7 +200,7 @@ def test_the_others_may_stop_below_the_first(climb, tmp_path):
     assert found["configs"]["b"]["compute_gain"]["mean"] == gains[1]["mean"]
     assert not found["ladder"]["lagging"] and "b is worth" in done.stdout
     text = (tmp_path / "out" / "results.md").read_text()
-    assert "| a | 64 |" in text and "| b | 64 |" not in text and "| b | holds | holds | - |" in text
+    assert "| a | 64 |" in text and "| b | 64 |" not in text and "| b | undecided | undecided | - |" in text
     assert "<h2>At n_embd 32</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -230,10 +230,10 @@ def test_every_config_is_trained_at_every_size_by_the_rule(climb, tmp_path):
     low, high = row["compute_gain"]["ci95"]
     assert row["compute_gain"]["mean"] == pytest.approx(1.5, rel=0.2) and low < 1.5 < high
     assert found["configs"]["a"]["compute_gain"] is None
-    assert found["ladder"]["curves"]["b"]["equal_flops"]["trend"] == "holds"
+    assert found["ladder"]["curves"]["b"]["equal_flops"]["trend"] == "undecided"
     assert [one["factor"] for one in checks(found)] == [1, 1]
     text = (tmp_path / "out" / "results.md").read_text()
-    assert "## The ladder" in text and "| b | 64 |" in text and "| b | holds |" in text
+    assert "## The ladder" in text and "| b | 64 |" in text and "| b | undecided |" in text
     assert "Does it last?" in (tmp_path / "out" / "report.html").read_text()
     assert "b is worth" in done.stdout
 
@@ -297,7 +297,7 @@ def test_gains_beyond_all_bounds_have_no_trend_and_can_be_drawn(tmp_path):
         for name, of in {"a": [4.6, 4.4, 4.25, 4.15], "b": [1.0, 1.0, 1.0, 1.0]}.items()
     }
     way = ladder.ladder(losses)["b"]["equal_flops"]
-    assert way["trend"] == "holds" and {one["mean"] for one in way["gain"]} == {None}
+    assert way["trend"] == "undecided" and {one["mean"] for one in way["gain"]} == {None}
     gain = [{"compute": c, "mean": 1e-5, "ci95": [None, 1e-4]} for c in COMPUTE[:2]]
     rows = [{name: {"flops_per_token": c, "tokens": 1, "val_loss": {"mean": 4.0, "sd": 0.1}}
              for name in "ab"} for c in COMPUTE[:2]]  # fmt: skip

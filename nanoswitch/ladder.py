@@ -121,8 +121,8 @@ def ladder(losses, draws=DRAWS, seed=0):
     "ci95"}, "equal_flops", "equal_tokens", each {"gain": [{"compute", "mean", "ci95"}], "trend"}}}.
 
     The first name's config is the reference: it has three sizes or more, and the others at least
-    the two smallest; with two, their own fit is None. trend: grows, shrinks or undecided, by the 95%
-    interval of the slope of log gain over log compute. A gain without end is None."""
+    the two smallest; with two, their own fit is None. trend: grows, shrinks or undecided, by the
+    95% interval of the slope of log gain over log compute. A gain without end is None."""
     first = next(iter(losses))
     sizes = {name: len(of) for name, of in losses.items()}
     if sizes[first] < 3:

@@ -127,13 +127,13 @@ class GPTConfig:
         for flag, names in (("attention_kernel", KERNELS), ("residual_dtype", RESIDUAL_DTYPES)):
             if getattr(self, flag) not in names:
                 raise unknown(flag, getattr(self, flag), names)
-        for name in ("pos", "attention"):
-            pattern, value = getattr(self, f"{name}_pattern"), getattr(self, name)
-            if pattern and value not in split(pattern):
-                raise ValueError(
-                    f"{name}_pattern '{pattern}' does not hold {name} '{value}'; give --{name} too"
-                )
         at_least(self, 1, "block_size vocab_size vocab_used n_layer n_head n_embd")
+        for name, by_layer in (("pos", self.encodings), ("attention", self.attentions)):
+            if getattr(self, name) not in by_layer:
+                raise ValueError(
+                    f"no layer has {name} {getattr(self, name)}: {name}_pattern gives them "
+                    f"{', '.join(dict.fromkeys(by_layer))}; give --{name} one of these"
+                )
         at_least(self, 0, "n_kv_head mlp_hidden window logit_softcap")
         for name in ("norm_eps", "rope_theta", "rope_scaling"):
             if not getattr(self, name) > 0:

@@ -213,6 +213,7 @@ class Plan:
 
     def __init__(self, model_config, config):
         self.config, self.card, self.surgery = config, named_card(config.device), None
+        self.origin = {}  # where the weights came from, for the log and every checkpoint
         if self.card and not config.dry_run:
             raise ValueError(f"device {config.device} is a card to plan for: add --dry_run true")
         self.ranks = Ranks("cpu" if self.card else config.device)
@@ -225,6 +226,7 @@ class Plan:
             begun = checkpoints.newest_config(config.run_dir)
             self.surgery = surgery.of_this_run(model_config, config, begun)
             model_config = self.surgery.new
+            self.origin = {"init_from": config.init_from, "surgery": self.surgery.lines}
         self.model_config = c = model_config
         if c.attention_kernel == "flex" and self.device.type != "cuda" and not self.card:
             raise ValueError(
@@ -268,13 +270,6 @@ class Plan:
         """Sequences of a batch on one rank."""
         return self.batch_windows // self.ranks.world
 
-    @property
-    def origin(self):
-        """Where the weights came from, for the log and every checkpoint; or nothing."""
-        if not self.surgery:
-            return {}
-        return {"init_from": self.config.init_from, "surgery": self.surgery.lines}
-
     @functools.cached_property
     def data_sha256(self):
         return data_sha256(self.train, self.val)
@@ -296,7 +291,7 @@ class Plan:
         unknown = "" if known else "  (no mfu: its peak is not known)"
         steps = self.rank_windows // size
         return [
-            *(f"from {c.init_from}: {line}" for line in self.origin.get("surgery", ())),
+            *(f"from {self.origin['init_from']}: {x}" for x in self.origin.get("surgery", ())),
             f"parameters {model.num_params():,}  training FLOPs per token "
             f"{flops_per_token(model):,}",
             f"device {device} x {ranks.world}  dtype {str(self.dtype)[6:]}{unknown}",
@@ -345,9 +340,7 @@ class Trainer(Plan):
         model = surgery.begin(init, self.surgery) if init else GPT(self.model_config)
         self.model = place(model, config.parallel, self.ranks, self.dtype).train()
         self.optimizers = make_optimizers(self.model, config, self.ranks, self.dtype)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.dtype == torch.float16 and self.device.type != "mps"
-        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         fits = functools.partial(micro_batch.fits_by_trying, self)
         self.forward = self.model
         self.micro_batch = micro_batch.find(self, fits)
@@ -515,8 +508,11 @@ class Trainer(Plan):
         checkpoints.check_same(run, saved, asdict(self.model_config) | {
             "seed": self.config.seed, "total_batch_tokens": self.config.total_batch_tokens,
             "data_tokens": self.train.tokens, "data_sha256": self.data_sha256,
-            "optimizer": self.config.optimizer,
+            "optimizer": self.config.optimizer, "val_tokens": self.config.val_tokens,
+            "overfit_single_batch": self.config.overfit_single_batch,
+            **({"init_from": self.config.init_from} if self.config.init_from else {}),
         })  # fmt: skip
+        self.origin = {key: saved[key] for key in ("init_from", "surgery") if key in saved}
         changed = checkpoints.changed(saved["train"], asdict(self.config))
         self.changes = {"changed": changed} if changed else {}
         weights = read_safetensors(folder / "model.safetensors")
@@ -570,17 +566,18 @@ def train(trainer):
         with StopSignal(ranks.first) as signal, log:
             for done in range(start + 1, last + 1):
                 meter.waiting.append((done, *launched(trainer.step(done - 1, signal.number))))
-                stop = meter.read() or (signal.number and not ranks.distributed)
-                saved = stop or due(config.checkpoint_every, done, last)
-                if saved:
-                    save(trainer, run, log, done, must=stop or done == last)
+                told = signal.number and not ranks.distributed
+                stop = meter.read(told) or told
+                saved = tried = stop or due(config.checkpoint_every, done, last)
+                if tried:
+                    saved = save(trainer, run, log, done, must=stop or done == last)
                 if stop:
                     log.say(f"stopped after step {done}; the same command continues {run} there")
                     sys.exit(signal.status())
                 # after the checkpoint: a kill in here costs no step
                 loss = evaluate(trainer, examples, log, done)
-                if best.falls(done, loss) and config.patience and not saved:
-                    save(trainer, run, log, done, must=False)
+                if best.falls(done, loss) and config.patience and not tried:
+                    saved = save(trainer, run, log, done, must=False)
                 best.name(done, loss)
                 if 0 < config.patience <= best.waited and done < last:
                     if not saved:
@@ -642,15 +639,18 @@ def evaluate(trainer, examples, log, done, known=()):
 
 
 def save(trainer, run, log, done, must):
-    """Save a checkpoint; one that fails stops the run only if it must be there."""
+    """Save a checkpoint -> whether that went well; one that fails stops the run only if it must be
+    there."""
     try:
         trainer.save(done, run, log)
         log.track(step=done, checkpoint=f"step_{done:06d}")
+        return True
     except OSError as error:
         if must:
             raise
         log.say(f"warning: {error}; training goes on until the next checkpoint")
         log.write(event="save failed", step=done, error=str(error))
+        return False
 
 
 def read_flags(argv=None, more=(), description=__doc__):

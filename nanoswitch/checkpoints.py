@@ -177,7 +177,8 @@ def check_same(run, saved, now):
     if "data_sha256" not in then:  # from before it was kept
         then["data_sha256"] = now["data_sha256"]
     for name, value in now.items():
-        if then.get(name) == value:
+        before = then.get(name)
+        if before == value:
             continue
         if name == "data_sha256":
             hint = f"bring back the shards that {then['data_dir']} held"
@@ -186,7 +187,7 @@ def check_same(run, saved, now):
                 f"another --run_dir"
             )
         raise ValueError(
-            f"{run} holds a run with {name} {then.get(name)}, this one has {value}; "
+            f"{run} holds a run with {name} {before or repr(before)}, this one has {value}; "
             f"use that value, or choose another --run_dir"
         )
 

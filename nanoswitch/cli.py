@@ -220,13 +220,19 @@ def run(main):
     except Exception as error:
         if debug:
             raise
-        # torch has no kind of its own for it on CPU
-        wanted = re.search(r"tried to allocate (\d+) bytes|size calculation overflowed", str(error))
-        if not (wanted or isinstance(error, MemoryError)):
+        # torch has no kind of its own for it on CPU; its kind on a card is not imported for this
+        wanted = re.search(
+            r"tried to allocate ([\d.]+) (\w+)|size calculation overflowed", str(error), re.I
+        )
+        out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not (wanted or out):
             if place := place_in_variant(error):
                 fail(f"{place}; --debug shows all of it")
             raise
-        much = f" for {int(wanted[1]) / 2**30:,.1f} GiB at once" if wanted and wanted[1] else ""
+        much = ""
+        if wanted and wanted[1]:
+            unit = {"bytes": 1, "KiB": 2**10, "MiB": 2**20}.get(wanted[2], 2**30)
+            much = f" for {float(wanted[1]) * unit / 2**30:,.1f} GiB at once"
         fail(f"not enough memory{much}; lower the sizes: batch, samples, tokens, context or model")
 
 

@@ -18,6 +18,7 @@ except ImportError:  # Windows: no locks
     fcntl = None
 
 SUMS = "SHA256SUMS"
+WINDOWS = os.name == "nt"
 
 
 @contextlib.contextmanager
@@ -88,8 +89,11 @@ def check_sum(folder, name):
 
 
 def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, are on the disk. Windows opens no folder, and
+    syncs no file that is open for reading alone."""
+    if WINDOWS and os.path.isdir(path):
+        return
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -150,12 +150,18 @@ OPTIMIZERS = {"adamw": adamw, "muon": by_muon, "normuon": by_normuon, "soap": by
 def make_optimizers(model, config, ranks=None, dtype=None):
     """The optimizers that config asks for -> a list; a group's lr_scale is its share of the
     scheduled rate. dtype: the run's precision."""
+    spread = ranks and ranks.distributed
+    if dtype == torch.float16 and config.parallel == "fsdp" and spread and by_sign(model):
+        raise ValueError(
+            f"{next(iter(by_sign(model)))} has no gradient in float16 under fsdp; use --dtype "
+            f"bfloat16, or --parallel zero1"
+        )
     optimizers = []
     wanted = OPTIMIZERS[config.optimizer](model, config, dtype)
     for kind, groups, flags, scale in (*wanted, *signed(model, config)):
         flags = flags | dict(lr=config.lr * scale)
         groups = [group | {"lr_scale": scale} for group in groups]
-        if config.parallel == "zero1" and ranks and ranks.distributed:
+        if config.parallel == "zero1" and spread:
             # a second of every start, which only zero1 needs
             from torch.distributed.optim import ZeroRedundancyOptimizer
 

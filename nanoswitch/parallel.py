@@ -91,7 +91,7 @@ def place(model, parallel, ranks, dtype):
     """Move the model to its device; under fsdp each rank keeps only its rows of every tensor.
 
     There blocks are gathered in dtype, what their products run in under autocast anyway, and
-    gradients are summed in fp32."""
+    gradients are summed in fp32. On CPU they stay in fp32: its LayerNorm takes one dtype alone."""
     if parallel != "fsdp" or not ranks.distributed:
         return model.to(ranks.device)
     # a second of every start, which only fsdp needs
@@ -102,7 +102,8 @@ def place(model, parallel, ranks, dtype):
     )
 
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    low = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    gathered = dtype if ranks.device.type == "cuda" else None
+    low = MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=low)
     fully_shard(model, mesh=mesh)  # embeddings, head and last norm, as one unit

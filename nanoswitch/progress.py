@@ -53,14 +53,14 @@ class Meter:
         self.waiting, self.begin, self.average = [], moment(trainer.device), None
         self.peak, self.flops = peak_flops(trainer.device), flops_per_token(trainer.model)
 
-    def read(self):
-        """Log the steps but the last, and that too on CPU or if something else is due after it ->
-        whether any rank was told to stop."""
+    def read(self, ends=False):
+        """Log the steps but the last, and that too on CPU, if something else is due after it or the
+        run ends there -> whether any rank was told to stop."""
         config, (done, *_), stop = self.trainer.config, self.waiting[-1], False
         intervals = (
             config.eval_every, config.hellaswag_every, config.sample_every, config.checkpoint_every,
         )  # fmt: skip
-        now = self.trainer.device.type != "cuda"
+        now = ends or self.trainer.device.type != "cuda"
         now = now or any(due(every, done, self.trainer.max_steps) for every in intervals)
         while self.waiting and (now or stop or len(self.waiting) > 1):
             stop = self.report(*self.waiting.pop(0)) or stop

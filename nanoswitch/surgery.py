@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 import torch
 
 from model import GPT, POSITIONS, GPTConfig
+from nanoswitch.counts import on_meta
 from nanoswitch.hf import parameters
 from nanoswitch.load import load_config, load_model
 from nanoswitch.tokenizer import N_VOCAB
@@ -285,7 +286,20 @@ def plan(old, wanted, config):
         s.lines.append(f"{changes}: {row.done}{chosen(s, row)}")
     for name in changed:  # a switch that no row knows
         refuse(s, name, "no surgery for it is known", config)
+    if s.lines:
+        check_shapes(s, config)
     return s
+
+
+def check_shapes(s, config):
+    """ValueError where a variant's own weights would need an operation that no row has."""
+    wanted = on_meta(s.new).state_dict()
+    for name, w in operated(on_meta(s.old), s, lambda: wanted).items():
+        if name in wanted and w.shape != wanted[name].shape:
+            raise ValueError(
+                f"--init_from {config.init_from} brings {name} of shape {tuple(w.shape)}, not "
+                f"{tuple(wanted[name].shape)}: no surgery for it is known; change fewer switches"
+            )
 
 
 def of_run(flags, config):
@@ -344,14 +358,20 @@ def perform(model, s, origin="the model"):
         return fresh
 
     with torch.no_grad():
-        weights = dict(model.state_dict())
-        if s.old.tie_embeddings:
-            del weights[HEAD]
-        for row in s.rows:
-            weights = row.operate(weights, s, drawn) if row.operate else weights
+        weights = operated(model, s, drawn)
         # what the new form lacks goes, what it adds begins as in a new model
         weights = {n: weights[n] if n in weights else drawn()[n] for n in parameters(s.new)}
         return fill(empty(s.new), weights, origin)
+
+
+def operated(model, s, drawn):
+    """The weights of a GPT of config s.old after the operations of all rows, {name: tensor}."""
+    weights = dict(model.state_dict())
+    if s.old.tie_embeddings:
+        del weights[HEAD]
+    for row in s.rows:
+        weights = row.operate(weights, s, drawn) if row.operate else weights
+    return weights
 
 
 if __name__ == "__main__":

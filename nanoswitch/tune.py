@@ -25,10 +25,11 @@ class Search:
     losses: dict = field(default_factory=dict)
 
     def value(self, place):
-        """Three digits: a value that folders and flags can name."""
+        """Three digits: a value that folders and flags can name. No whole number comes twice."""
         value = self.base * STEP**place
         if isinstance(self.base, int):
-            return self.base if not place else round(value)
+            further = max if place > 0 else min
+            return further(round(value), self.base + place)
         return self.base if not place else float(f"{value:.3g}")
 
     @property
@@ -77,8 +78,7 @@ def search(searches, train):
         for one in searches.values():
             for place in one.wanted():
                 value = one.value(place)
-                taken = [one.value(other) for other in one.losses]
-                job = one.job(value) if value > 0 and value not in taken else None
+                job = one.job(value) if value > 0 else None
                 if job is None:
                     one.losses[place] = math.inf
                 else:

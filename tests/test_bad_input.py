@@ -375,6 +375,8 @@ CASES = {
         ("model --n_head 4 --n_kv_head 3", nothing, ["n_head 4", "n_kv_head 3"]),
         ("model --window_pattern SL", nothing, ["window_pattern", "--window W"],
          "model --window_pattern SL --window 8"),
+        ("model --pos kerple --pos_pattern rope,kerple --n_layer 1", nothing,
+         ["no layer has pos kerple", "gives them rope"], "model --pos rope --n_layer 1"),
         ("model --attention_kernel flash --pos alibi", nothing, ["flash", "alibi", "use auto"],
          "model --attention_kernel auto --pos alibi"),
         ("train_gpt2 c.toml --attention_kernel flash --dropout 0.1", nothing, ["flash", "dropout"],

@@ -387,3 +387,15 @@ def test_importing_cli_needs_the_standard_library_only():
     )  # fmt: skip
     new = ast.literal_eval(done.stdout) - ast.literal_eval(light.stdout)
     assert new <= set(sys.stdlib_module_names) | {"nanoswitch"}
+
+
+def test_a_card_without_memory_is_one_line(capsys):
+    import torch
+
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1536.00 MiB. GPU 0 has")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    err = capsys.readouterr().err
+    assert ended.value.code == 1 and err.count("\n") == 1 and "for 1.5 GiB at once; lower" in err

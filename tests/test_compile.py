@@ -169,3 +169,11 @@ def test_compiled_loss_of_several_chunks_and_compiled_logits(monkeypatch):
     model, idx = grown(config), tokens(config, 2, 9)
     logits = torch.compile(model, fullgraph=True)(idx)[0]
     torch.testing.assert_close(logits, model(idx)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiler_that_is_not_used_is_named(capsys):
+    model, mps = object(), torch.device("mps")
+    for asked, said in (("auto", ""), ("true", "torch.compile is not used on mps")):
+        trainer = SimpleNamespace(config=SimpleNamespace(compile=asked), device=mps, model=model)
+        assert compiled.compiled(trainer) is model
+        assert said in capsys.readouterr().out if said else not capsys.readouterr().out

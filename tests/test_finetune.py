@@ -157,6 +157,30 @@ def test_two_ranks_stop_as_one(data, tmp_path):
 # ----------------------------------------------------------------------------- what a resume says
 
 
+def test_a_patience_that_ends_saves_what_could_not_be_saved(data, tmp_path, monkeypatch, scripted):
+    real, refused = checkpoints.save, []
+
+    def save(run, step, *args):
+        if step == 5 and not refused:
+            refused.append(step)
+            raise OSError("could not write")
+        return real(run, step, *args)
+
+    monkeypatch.setattr(checkpoints, "save", save)
+    train(data, tmp_path, patience=3, checkpoint_every=5)
+    assert entries(tmp_path, "event")[-1]["event"] == "early stop" and refused == [5]
+    assert 5 in folders(tmp_path)
+
+
+def test_a_run_keeps_what_it_is_validated_on(data, tmp_path):
+    """Else losses of other texts would be held against each other."""
+    train(data, tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match="a run with val_tokens 32, this one has 64"):
+        train(data, tmp_path, max_steps=4, val_tokens=64)
+    with pytest.raises(ValueError, match="a run with overfit_single_batch False, this one has"):
+        train(data, tmp_path, max_steps=4, overfit_single_batch=True)
+
+
 def test_a_resume_with_other_rates_says_so_in_one_line(data, tmp_path, capsys):
     train(data, tmp_path, max_steps=2)
     train(data, tmp_path, max_steps=3)

@@ -1,6 +1,7 @@
 """nanoswitch/muon.py and the cautious decay against torch.optim's classes and formulas in NumPy."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,3 +293,13 @@ def test_what_soap_cannot_do_is_said(monkeypatch, changes, words):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises((ValueError, ModuleNotFoundError), match=words):
         optimizers.make_optimizers(tiny(), t.TrainConfig(optimizer="soap", **changes))
+
+
+def test_experts_balance_needs_more_than_fp16_under_fsdp():
+    """Its gradient is scaled by 2^-40, which fp16 does not hold."""
+    config = t.TrainConfig(parallel="fsdp")
+    model = GPT(GPTConfig(vocab_size=64, vocab_used=64, n_layer=2, n_head=2, n_embd=16, mlp="moe"))
+    ranks = SimpleNamespace(distributed=True)
+    with pytest.raises(ValueError, match=r"balance\.bias has no gradient in float16"):
+        optimizers.make_optimizers(model, config, ranks, torch.float16)
+    assert optimizers.make_optimizers(model, config, ranks, torch.bfloat16)

@@ -132,7 +132,12 @@ def check_runs(ranks, combinations, folder):
     ):  # fmt: skip
         optimizer = "muon" if "muon" in origin else "adamw"
         jobs.append(job(f"{origin}_then_{mode}_{ranks}", mode, optimizer, continues=origin))
-    launch(ranks, jobs, folder)
+    low = dict(norm="layernorm", max_steps=4, sample_every=0, hellaswag_every=0, checkpoint_every=0)
+    low = [job(f"{mode}_low_{ranks}", mode, "adamw", dtype="bfloat16", **low)
+           for mode in ("ddp", "fsdp")]  # fmt: skip
+    launch(ranks, [*jobs, *low], folder)
+    ddp, fsdp = (column(folder / made["name"], "train_loss") for made in low)
+    assert fsdp == pytest.approx(ddp, abs=0.01) and len(fsdp) == 4
     for made in jobs:
         assert_same_run(folder / made["name"], folder / made["flags"]["optimizer"], world=ranks)
     for origin in (f"zero1_muon_{ranks}_then_fsdp_{ranks}", f"zero1_adamw_{ranks}"):

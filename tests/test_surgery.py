@@ -392,6 +392,33 @@ def test_a_run_goes_on_when_what_it_came_from_is_gone(run, data, tmp_path, monke
     assert "holds a run with n_kv_head 2, this one has 1" in capsys.readouterr().err
 
 
+def test_a_run_has_one_origin(run, data, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "other")
+    flags = dict(run_dir=tmp_path / "new", dropout=0, n_kv_head=2)
+    command(monkeypatch, data, **flags, init_from=run, max_steps=1)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, data, **flags, init_from=tmp_path / "other")
+    assert f"holds a run with init_from {run}, this one has" in capsys.readouterr().err
+    command(monkeypatch, data, **SHAPE | flags, pos="rope")  # without it, the run goes on as it is
+    config = json.loads((tmp_path / "new/step_000002/config.json").read_text())
+    assert config["init_from"] == str(run) and config["surgery"]
+    fresh = dict(run_dir=tmp_path / "fresh", pos="rope", dropout=0.2) | SHAPE
+    command(monkeypatch, data, **fresh, max_steps=1)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, data, run_dir=tmp_path / "fresh", init_from=run)
+    assert "holds a run with init_from '', this one has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variant", ["canon", "gated_deltanet"])
+def test_a_variants_own_weights_are_looked_at_before_the_run(variant, data, tmp_path, monkeypatch):
+    own = dict(attention=variant, attention_pattern=variant, pos="rope")
+    command(monkeypatch, data, run_dir=tmp_path / "base", **SHAPE | own, max_steps=1)
+    flags = dict(dry_run="true", init_from=tmp_path / "base", dtype="float32")
+    command(monkeypatch, data, **flags)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, data, **flags, n_kv_head=1)
+
+
 def test_the_data_order_begins_anew(run, data, tmp_path, monkeypatch):
     """A rate of almost 0 leaves the weights alone: the steps' losses are those of the batches."""
     command(monkeypatch, data, run_dir=tmp_path / "a", init_from=run, dropout=0, lr=1e-30)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # where this file is the 
 import tiny_runs as runs
 
 import train_gpt2
-from nanoswitch import checkpoints, cli, parallel, signals
+from nanoswitch import checkpoints, cli, files, parallel, signals
 from nanoswitch.log import Log, spike
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +165,24 @@ def test_the_last_save_failing_fails_the_run(whole, data, tmp_path, full_disk, c
     runs.train(data, tmp_path, **flags)
     assert runs.results(tmp_path) == runs.results(whole)
     assert runs.equal_weights(runs.weights(tmp_path), runs.weights(whole))
+
+
+def test_windows_syncs_files_that_it_may_write_and_no_folder(tmp_path, monkeypatch):
+    """Its os.open refuses every folder, its os.fsync a file opened for reading."""
+    opened, real = [], os.open
+
+    def windows_open(path, flags, *rest):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        opened.append(flags)
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(os, "open", windows_open)
+    (tmp_path / "file").write_text("a")
+    files.sync(tmp_path / "file")
+    files.sync(tmp_path)
+    assert opened == [os.O_RDWR]
 
 
 class FullFile:

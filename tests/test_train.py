@@ -442,6 +442,12 @@ def test_steps_that_are_read_at_once_have_each_its_own_time(data, tmp_path):
         meter.waiting.append((done, lambda: (5.0, 1.0, 0), Moment(end)))
         meter.read()
     assert speeds == [512, 1024]
+    made.config.eval_every = made.config.sample_every = made.config.hellaswag_every = 0
+    made.config.checkpoint_every, made.max_steps = 0, 100
+    for done, ends, seen in ((3, False, 2), (4, True, 4)):  # a run that is told to stop says all
+        meter.waiting.append((done, lambda: (5.0, 1.0, 0), Moment(1600.0 + done)))
+        meter.read(ends)
+        assert len(speeds) == seen
 
 
 def test_progress_fits_80_columns_and_a_log_file(data, tmp_path, capsys):

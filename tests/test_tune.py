@@ -136,3 +136,14 @@ def test_an_unfinished_search_has_no_best(tmp_path):
     found = searches(tmp_path, [], a=valley(0.001))
     tune.search(found, lambda jobs: train(jobs[:2]))
     assert found["a"].result()["best"] is None and len(found["a"].losses) == 2
+
+
+@pytest.mark.parametrize("base, small", [(1, [1, 2, 3]), (2, [1, 2, 3, 4]), (10, [5, 7, 10, 14])])
+def test_whole_numbers_are_tried_once_each(tmp_path, base, small):
+    values = [tune.Search(base, None).value(place) for place in range(-2, 12)]
+    assert len({*values}) == len(values) and {*small} <= {*values} and base in values
+    found = searches(tmp_path, trained := [], base=base, a=lambda value: 4 - math.log(value) / 9)
+    tune.search(found, train)
+    result = found["a"].result()
+    assert len(trained) == len({*trained}) and not result["inside"]  # more is always better here
+    assert result["best"] == max(v for v, loss in result["losses"].items() if loss is not None)

@@ -422,17 +422,13 @@ def about_noise(found):
     text += "; all else is undecided, which is not the same as equal. Two rows are not compared."
     if how["method"] == "dunnett":
         text += " Where the first config is by far the noisiest, up to one table in seven errs."
-    if how["wanted"]:
-        text += (
-            " Seeds were added until the intervals were narrow, so that up to one table in ten "
-            "errs."
-        )
+    if not how["wanted"]:
+        return text
+    text += " Seeds were added until the intervals were narrow: up to one table in ten errs."
     more = [diff["more_seeds"] for diff in rows if diff["n"] and diff["ci95"][0] is not None]
-    if how["wanted"] and more:
+    if more:
         most = "more than 10,000" if None in more else max(more)
-        text += (
-            f" Intervals narrower than {how['wanted']:g} {unit} would take about {most} more seeds."
-        )
+        text += f" Ones narrower than {how['wanted']:g} {unit} would take about {most} more seeds."
     return text
 
 

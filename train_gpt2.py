@@ -568,9 +568,8 @@ def train(trainer):
                 meter.waiting.append((done, *launched(trainer.step(done - 1, signal.number))))
                 told = signal.number and not ranks.distributed
                 stop = meter.read(told) or told
-                saved = tried = stop or due(config.checkpoint_every, done, last)
-                if tried:
-                    saved = save(trainer, run, log, done, must=stop or done == last)
+                tried = stop or due(config.checkpoint_every, done, last)
+                saved = tried and save(trainer, run, log, done, must=stop or done == last)
                 if stop:
                     log.say(f"stopped after step {done}; the same command continues {run} there")
                     sys.exit(signal.status())

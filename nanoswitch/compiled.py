@@ -23,10 +23,10 @@ def compiled(trainer):
     that and all ranks can; else the model as it is, and one line says why."""
     config, device = trainer.config, trainer.device
     wanted = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
-    if wanted and device.type == "mps":
-        print("torch.compile is not used on mps: training without it")
-        wanted = False
     if not wanted:
+        return trainer.model
+    if device.type == "mps":
+        print("torch.compile is not used on mps: training without it")
         return trainer.model
     # FlexAttention is the hardest part to compile
     flexes = device.type == "cuda" and flex_layers(trainer.model)

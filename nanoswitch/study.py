@@ -82,8 +82,7 @@ class Entry:
 def flat(argv):
     """Arguments for train_gpt2.py -> {flag: value} of all its flags."""
     model, train = read_flags(argv)
-    if train.init_from:
-        model = surgery.of_run(model, train).new
+    model = surgery.config_of(model, train)
     return dataclasses.asdict(model) | dataclasses.asdict(train)
 
 

@@ -308,6 +308,11 @@ def of_run(flags, config):
     return plan(load_config(config.init_from), wishes(flags), config)
 
 
+def config_of(flags, config):
+    """The GPTConfig of a run's flags, with or without --init_from."""
+    return of_run(flags, config).new if config.init_from else flags
+
+
 def of_this_run(flags, config, begun):
     """of_run, given the config.json of the run's own newest checkpoint or {}. One that has begun
     holds its own weights, and goes on where the checkpoint that it came from is gone."""

@@ -207,8 +207,7 @@ def main():
     if sys.argv[1:] == ["table"]:
         return print("\n".join(table()))
     config, train, show = read_flags(more=(ShowConfig,), description=__doc__)
-    if train.init_from:
-        config = surgery.of_run(config, train).new
+    config = surgery.config_of(config, train)
     if show.plot:
         plot(config, show.plot)
     else:

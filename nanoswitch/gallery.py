@@ -17,6 +17,7 @@ from nanoswitch.progress import markdown
 
 ROOT = Path(__file__).parent.parent
 BASE = "llama"  # of configs/variants/: what the others are compared with
+PARTS = ("pos", "norm", "mlp", "bias")  # flags that tell one ladder's baseline from another's
 SIZES = 2  # of a ladder, the smallest
 
 HEAD = """
@@ -95,8 +96,11 @@ def ladder_part(found, names, where):
         for size, row in zip(sizes, (configs[first] for configs in results), strict=True)
     ]
     seeds, tune = len(results[0][first]["seeds"]), climbed["rule"]["tune"]
+    flags = climbed["rule"]["flags"].items()
+    parts = ", ".join(f"{flag} {value}" for flag, value in flags if flag in PARTS)
+    beside = f"{first} ({parts})" if parts else first
     text = (
-        f"Beside {first} at {' and '.join(said)}; {seeds} seeds; each config at "
+        f"Beside {beside} at {' and '.join(said)}; {seeds} seeds; each config at "
         f"{f'its own {tune}' if tune else 'the same rates'}. Below 0 the variant has the lower "
         f"loss; the intervals hold for all rows at once. The gain is how many times the compute "
         f"{first} needs for the same loss. Parameters are not matched, and a config may keep its "

@@ -409,8 +409,10 @@ class Ladder:
         check = None
         if self.tune:
             check = self.check()
+        rule = dataclasses.asdict(self.rule) | {"tune": self.tune}
+        rule["flags"] = rule["flags"] | cli.given(self.flags)
         return {
-            "rule": dataclasses.asdict(self.rule) | {"tune": self.tune}, "sizes": sizes,
+            "rule": rule, "sizes": sizes,
             "curves": curves, "no_curves": why, "lagging": sorted(lagging),
             "search": self.studies[0].searched(), "check": check,
         }  # fmt: skip

@@ -69,7 +69,8 @@ def test_a_ladder_is_shown_at_its_two_smallest_sizes(climb, tmp_path, monkeypatc
         (tmp_path / f"{name}.toml").write_text("weight_decay = 0.2\n")
         monkeypatch.setitem(test_ladder.BEST, name, 0.01)
         monkeypatch.setitem(test_ladder.GAIN, name, gain)
-    climb(names=tuple(GAIN), folder="experiments/some", tune='""')
+    parts = dict(tune='""', pos='"rope"', bias="false")
+    climb("--bias", "true", names=tuple(GAIN), folder="experiments/some", **parts)
     text = gallery.page(tmp_path / "experiments")
     found = json.loads((tmp_path / "experiments/some/results.json").read_text())["ladder"]
     small, second = test_ladder.WIDTHS[:2]
@@ -86,7 +87,10 @@ def test_a_ladder_is_shown_at_its_two_smallest_sizes(climb, tmp_path, monkeypatc
     assert "Kept, though none of these sizes shows a gain: post." in text
     without = text.split("Without a row: ")[1]
     assert "x0" not in without and "xsa" in without
-    assert "llama at n_embd" in text and "3 seeds; each config at the same rates" in text
+    assert (
+        "Beside llama (pos rope, bias true) at n_embd" in text
+        and "3 seeds; each config at the same rates" in text
+    )
 
 
 @pytest.mark.parametrize(

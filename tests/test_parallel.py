@@ -28,7 +28,7 @@ from nanoswitch import micro_batch, optimizers, parallel
 
 MODES, OPTIMIZERS = ("ddp", "zero1", "fsdp"), ("adamw", "muon")
 NORMUON = dict(muon_coefficients="polar_express", cautious_decay=True)  # for AdamW's part too
-EVERY_FEW = 5
+EVERY_FEW = 3
 MIDDLE, STEPS = 2 * EVERY_FEW, 3 * EVERY_FEW
 FLAGS = dict(
     block_size=32, n_layer=2, n_head=2, n_embd=16, total_batch_tokens=256, micro_batch=2,

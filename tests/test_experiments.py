@@ -1,4 +1,5 @@
-"""The tables in experiments/ and EXPERIMENTS.md are what compare.py makes of the committed logs."""
+"""The tables in experiments/, EXPERIMENTS.md and SPEEDRUN.md are what compare.py makes of the
+committed logs."""
 
 import json
 import shlex
@@ -34,17 +35,18 @@ def test_tables_come_from_the_logs(folder, tmp_path, monkeypatch):
     assert run_main(compare.main, *argv[2:-1], out, "--report_only", "true") == 0
     text = (out / "results.md").read_text()
     assert text == (folder / "results.md").read_text()
-    page = (ROOT / "EXPERIMENTS.md").read_text()
+    document = "SPEEDRUN.md" if folder.name.startswith("speedrun") else "EXPERIMENTS.md"
+    page = (ROOT / document).read_text()
     assert f"{name}/" in page
     if "variants" in folder.parts:  # their tables are variants/README.md's, which has its own test
         return
     if "## The ladder" in text:
         ladder = text[text.index("## The ladder") :]
         table = ladder[ladder.index("| config |") :].split("\n\n")[0]
-        assert table in page, f"EXPERIMENTS.md has another table than {name}"
+        assert table in page, f"{document} has another table than {name}"
         return
     for name, row in json.loads((out / "results.json").read_text())["configs"].items():
         diff, loss = row["diff"]["mean"], row["val_loss"]["mean"]
         shown = f"{loss:.4f} | " + ("-" if diff is None or not diff else f"{diff:+.4f}")
         line = f"| {name} | {row['parameters']:,} | {row['kv_bytes_per_token']:,} | {shown} |"
-        assert line in page, f"EXPERIMENTS.md has no {line}"
+        assert line in page, f"{document} has no {line}"

@@ -110,6 +110,8 @@ class TrainConfig:
     """Muon's peak learning rate; 0 = lr, for its updates are scaled to the size of AdamW's"""
     muon_coefficients: "Literal[tuple(COEFFICIENTS)]" = "jordan"
     """of the steps that make Muon's updates orthogonal: Jordan's, or Polar Express's"""
+    muon_momentum: float = 0.95
+    """of the mean of gradients that Muon makes orthogonal: what stays of it at each step"""
     weight_decay: float = 0.1
     """decay of matrices; norms, biases and other vectors never decay"""
     cautious_decay: bool = False
@@ -164,7 +166,7 @@ class TrainConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
-        for name in ("min_lr_frac", "cooldown_frac", "beta1", "beta2"):
+        for name in ("min_lr_frac", "cooldown_frac", "beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not self.lr > 0:

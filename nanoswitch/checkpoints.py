@@ -202,7 +202,8 @@ def size(value):
 # what a run may go on with otherwise than it began
 RATES = (
     "lr", "min_lr_frac", "warmup_steps", "schedule", "cooldown_frac", "max_steps", "muon_lr",
-    "muon_coefficients", "weight_decay", "cautious_decay", "beta1", "beta2", "grad_clip", "dtype",
+    "muon_coefficients", "muon_momentum", "weight_decay", "cautious_decay", "beta1", "beta2",
+    "grad_clip", "dtype",
 )  # fmt: skip
 
 

@@ -123,7 +123,8 @@ def by_muon(model, config, dtype, beta2=0.0):
     run in fp32 Muon computes in fp32 too: in bf16 the last bit of a sum over ranks would be 1e-4
     of the loss."""
     flags = dict(
-        coefficients=config.muon_coefficients, beta2=beta2, cautious=config.cautious_decay,
+        momentum=config.muon_momentum, coefficients=config.muon_coefficients, beta2=beta2,
+        cautious=config.cautious_decay,
         dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16,
     )  # fmt: skip
     scale = config.muon_lr / config.lr if config.muon_lr else 1.0

@@ -110,7 +110,7 @@ def test_in_fp32_muon_is_torchs_with_the_exact_matrix(monkeypatch):
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("beta2", [0.0, 0.9])
 def test_normuon_and_cautious_decay_are_their_formulas(beta2, cautious):
-    lr, weight_decay, momentum = 1e-2, 0.3, 0.95
+    lr, weight_decay, momentum = 1e-2, 0.3, 0.9
     ours = parameters()
     mine = muon.Muon(
         ours, lr=lr, weight_decay=weight_decay, momentum=momentum, coefficients="polar_express",
@@ -170,14 +170,16 @@ def test_it_updates_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, pos="fire", tie_embeddings=False))
     for name, cautious in (("muon", False), ("normuon", True)):
         config = t.TrainConfig(
-            optimizer=name, lr=1e-3, muon_lr=2e-2, weight_decay=0.3, cautious_decay=cautious
-        )
+            optimizer=name, lr=1e-3, muon_lr=2e-2, weight_decay=0.3, cautious_decay=cautious,
+            muon_momentum=0.8,
+        )  # fmt: skip
         kinds = {}
         for optimizer in optimizers.make_optimizers(model, config):
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     assert id(p) not in kinds
                     kinds[id(p)] = (type(optimizer).__name__, group["weight_decay"], group["lr"])
+                    assert group.get("momentum", 0.8) == 0.8
         for name, p in model.named_parameters():
             hidden = p.dim() == 2 and name.startswith("transformer.h.")
             kind = "Muon" if hidden else "CautiousAdamW" if cautious else "AdamW"

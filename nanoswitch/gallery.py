@@ -39,6 +39,11 @@ are what a variant in every layer adds to GPT-2 124M with RoPE: parameters, trai
 cache bytes a token, and the memory that one more sequence of a batch takes in training, in bf16.
 """
 
+MEANING = """
+What a variant gives hangs on the baseline, and most of all on its biases:
+[EXPERIMENTS.md](../EXPERIMENTS.md#what-is-worth-adding-to-llamas-parts) says more.
+""".strip()
+
 
 def about(name):
     """A config of configs/variants/ in a line: its variant's docstring, or its own comment."""
@@ -102,11 +107,14 @@ def ladder_part(found, names, where):
     text = (
         f"Beside {beside} at {' and '.join(said)}; {seeds} seeds; each config at "
         f"{f'its own {tune}' if tune else 'the same rates'}. Below 0 the variant has the lower "
-        f"loss; the intervals hold for all rows at once. The gain is how many times the compute "
-        f"{first} needs for the same loss. Parameters are not matched, and a config may keep its "
-        f"variant to some layers, where the costs above are those of all. [All of it]({where})."
+        f"loss. The gain is how many times the compute {first} needs for the same loss. Intervals "
+        f"of differences hold for all rows at once, those of gains for one row alone. The last "
+        f"column goes by the adjusted p of the differences, Holm's where spreads differ, which is "
+        f"a little sharper than the intervals. So a gain above 1 may still be 'no gain shown'. "
+        f"Parameters are not matched, and a config may keep its variant to some "
+        f"layers, where the costs above are those of all. [All of it]({where})."
     )
-    head, rows, idle = ["variant"], [], []
+    head, rows, shown = ["variant"], [], {}
     for size in sizes:
         head += [f"difference at {size['n_embd']}", f"gain at {size['n_embd']}"]
     for name in names:
@@ -117,9 +125,12 @@ def ladder_part(found, names, where):
             cells += [change_text(diff), gain_text(way["gain"][i] if way else None)]
         says = together([diff["verdict"] for diff in diffs])
         rows.append([name, *cells, says])
-        idle += [name] * (not says.startswith("better"))
-    note = f"Kept, though none of these sizes shows a gain: {', '.join(idle)}."
-    return [text, markdown([*head, "so"], rows), *[note] * bool(idle)]
+        shown.setdefault(says.split()[0], []).append(name)
+    notes = [
+        f"Kept, though this table shows no {what}: {', '.join(shown[word])}."
+        for word, what in (("no", "gain"), ("worse", "gain but a loss")) if word in shown
+    ]  # fmt: skip
+    return [text, markdown([*head, "so"], rows), *notes]
 
 
 def page(folder=ROOT / "experiments/variants"):
@@ -138,6 +149,7 @@ def page(folder=ROOT / "experiments/variants"):
     parts += ["What they refuse:", "\n".join(lines)] if lines else []
 
     parts.append("## What they give")
+    parts.append(MEANING)
     missing = list(names)
     for path in sorted(folder.glob("*/results.json")):
         found = read_json(path)

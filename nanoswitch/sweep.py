@@ -49,6 +49,8 @@ class Job:
         check_seen(run, self.seen)
         then = config_then(run) if run else {}
         for key, value in self.config.items() if run else ():
+            if (key, value) == ("dtype", "auto"):
+                continue  # what that is here, check_seen looks at
             if then[key] != value and key not in INCIDENTAL:
                 raise ValueError(
                     f"{run.folder} was made with {key} {then[key]}, not {value}; give the same "
@@ -67,8 +69,10 @@ class Job:
 
 
 def config_then(run):
-    """All flags of a Run: one that is newer than its log was at its default."""
-    return DEFAULTS | run.config
+    """All flags of a Run: one that is newer than its log was at its default, and dtype auto is what
+    it came to on that machine."""
+    then = DEFAULTS | run.config
+    return then | {"dtype": run.start.get("dtype", then["dtype"])}
 
 
 def check_seen(run, seen):

@@ -84,7 +84,7 @@ def test_a_ladder_is_shown_at_its_two_smallest_sizes(climb, tmp_path, monkeypatc
             mean, low, high = map(float, re.findall(r"[\d.]+", gain))
             assert mean == pytest.approx(GAIN[name], rel=0.25) and low <= mean <= high
         assert says == word
-    assert "Kept, though none of these sizes shows a gain: post." in text
+    assert "Kept, though this table shows no gain but a loss: post." in text
     without = text.split("Without a row: ")[1]
     assert "x0" not in without and "xsa" in without
     assert (

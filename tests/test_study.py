@@ -8,6 +8,7 @@ import random
 import shutil
 
 import pytest
+import torch
 from scipy.stats import nct, t
 from test_compare import command
 from tiny_runs import make_data, trainer
@@ -164,6 +165,21 @@ def test_runs_that_do_not_fit_are_one_clear_line(run, tmp_path, start, argv, wor
         (tmp_path / "other" / "runs").rename(tmp_path / "out" / "runs")
         done, trainer = run(*given, fails=True)
         assert words in done.stderr and not trainer.trained
+
+
+def test_the_precision_counts_not_the_flag_that_chose_it(run, monkeypatch):
+    """auto is another precision on another machine: there --dtype names what the runs are in."""
+    monkeypatch.setattr(study, "pick_dtype", lambda flag, device: torch.float32)
+    assert run()[1].trained  # with auto
+    monkeypatch.setattr(
+        study, "pick_dtype",
+        lambda flag, device: torch.bfloat16 if flag == "auto" else getattr(torch, flag),
+    )  # fmt: skip
+    assert not run("--dtype", "float32")[1].trained
+    for argv in ([], ["--dtype", "bfloat16"]):
+        done, trainer = run(*argv, fails=True)
+        assert "was trained in float32, here it would be bfloat16" in done.stderr
+        assert not trainer.trained
 
 
 def test_flags_are_checked_before_a_run_is_copied(run, tmp_path):

@@ -126,16 +126,16 @@ def test_a_speedrun_has_its_baselines_size_and_the_recipe_of_all(name, baseline)
         assert tables[0][rate] == pytest.approx(scaled, rel=0.03)  # two digits
 
 
-def test_a_sixth_is_the_recipe_and_what_pays_at_the_same_batch():
-    names = "speedrun_16m", "speedrun/sixth_16m", "speedrun/baseline_16m"
-    recipe, sixth, base = (tomllib.loads((CONFIGS / f"{n}.toml").read_text()) for n in names)
+def test_canon_16m_is_the_recipe_and_what_pays_at_its_baselines_batch():
+    names = "speedrun_16m", "speedrun/canon_16m", "speedrun/baseline_16m"
+    recipe, ours, base = (tomllib.loads((CONFIGS / f"{n}.toml").read_text()) for n in names)
     plain = tomllib.loads((CONFIGS / "tiny_16m.toml").read_text())
     changed = {k for k, v in recipe.items() if plain.get(k) != v} - {"run_dir", "warmup_steps"}
-    assert {k: sixth[k] for k in changed} == {k: recipe[k] for k in changed}
-    assert sixth["total_batch_tokens"] == base["total_batch_tokens"]
-    assert sixth["max_steps"] == base["max_steps"] // 6
-    train = {"max_steps", "warmup_steps", "eval_every", "total_batch_tokens"}
-    assert base.keys() == train and sixth["warmup_steps"] == base["warmup_steps"]
+    assert {k: ours[k] for k in changed} == {k: recipe[k] for k in changed}
+    assert ours["total_batch_tokens"] == base["total_batch_tokens"]
+    assert 4 * ours["max_steps"] == base["max_steps"]
+    train = {"max_steps", "warmup_steps", "eval_every", "total_batch_tokens", "lr"}
+    assert base.keys() == train and ours["warmup_steps"] == base["warmup_steps"]
 
 
 ABLATIONS = sorted([*CONFIGS.glob("speedrun/add_*.toml"), *CONFIGS.glob("speedrun/drop_*.toml")])

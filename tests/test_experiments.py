@@ -6,10 +6,12 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from builders import run_main
 
 import compare
+from nanoswitch.log import read_run
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("experiments/**/command.txt"))
@@ -50,3 +52,21 @@ def test_tables_come_from_the_logs(folder, tmp_path, monkeypatch):
         shown = f"{loss:.4f} | " + ("-" if diff is None or not diff else f"{diff:+.4f}")
         line = f"| {name} | {row['parameters']:,} | {row['kv_bytes_per_token']:,} | {shown} |"
         assert line in page, f"{document} has no {line}"
+
+
+def test_the_losses_at_16m_are_the_logs():
+    page = (ROOT / "SPEEDRUN.md").read_text()
+    page = page[page.index("**A tuned baseline at this batch") : page.index("**On a card, a sixth")]
+    folders = sorted((ROOT / "experiments/speedrun_canon").iterdir())
+    assert len(folders) == page.count("0.54M |") + page.count("3.28M |") + page.count("0.82M |")
+    for folder in folders:
+        losses = [read_run(run).last("val_loss") for run in sorted(folder.iterdir())]
+        shown = f"{np.mean(losses):.4f}"
+        shown += f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
+        assert f" {shown} |" in page or f"**{shown}** |" in page, folder
+    (steps, losses), (last, best) = (
+        read_run(ROOT / "experiments/speedrun_canon" / name / "seed_1337").curve("val_loss")
+        for name in ("canon_16m", "baseline_16m")
+    )
+    met = np.interp(-best[-1], -np.array(losses), steps)  # of falling losses
+    assert f"1/{last[-1] / met:.1f} of them" in page

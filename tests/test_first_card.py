@@ -298,7 +298,7 @@ def test_a_killed_run_must_go_on_with_the_same_losses(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_killed_and_goes_on(settings):
-    fast = dict(seconds=60, max_steps=60, checkpoint_every=20, tokens=128, size=2)
+    fast = dict(seconds=600, max_steps=60, checkpoint_every=20, tokens=128, size=2)  # ends before
     rows = list(card_checks.run(settings | fast))
     found = {row["figure"]: row for row in rows}
     kill = found["step at the kill, and the one resumed from"]

@@ -68,5 +68,6 @@ def test_the_losses_at_16m_are_the_logs():
         read_run(ROOT / "experiments/speedrun_canon" / name / "seed_1337").curve("val_loss")
         for name in ("canon_16m", "baseline_16m")
     )
-    met = np.interp(-best[-1], -np.array(losses), steps)  # of falling losses
-    assert f"1/{last[-1] / met:.1f} of them" in page
+    sixth = losses[steps.index(66)]
+    assert 66 / last[-1] < 1 / 6 and sixth < best[-1]
+    assert f"{sixth:.4f}, below that baseline's last {best[-1]:.4f}" in page

@@ -172,10 +172,6 @@ def check_runs(groups):
         if len({run.seed for run in runs}) < len(runs):
             raise ValueError(f"{name} has two runs with the same seed: move one elsewhere")
         for run in runs[1:]:
-            kinds = {of.start["dtype"] for of in (run, runs[0]) if "dtype" in of.start}
-            if len(kinds) > 1:
-                listed = " and in ".join(sorted(kinds))
-                raise ValueError(f"{name} has runs in {listed}: they are no seeds of one config")
             one, other = config_then(run), config_then(runs[0])
             for key in sorted({*one, *other} - INCIDENTAL - {"seed"}):
                 if one.get(key) != other.get(key):

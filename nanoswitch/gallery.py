@@ -42,6 +42,13 @@ cache bytes a token, and the memory that one more sequence of a batch takes in t
 MEANING = """
 What a variant gives hangs on the baseline, and most of all on its biases:
 [EXPERIMENTS.md](../EXPERIMENTS.md#what-is-worth-adding-to-llamas-parts) says more.
+
+Below 0 the variant has the lower loss. The gain is how many times the compute the baseline needs
+for the same loss. Intervals of differences hold for all rows at once, those of gains for one row
+alone. The last column goes by the adjusted p of the differences, Holm's where spreads differ, which
+is a little sharper than the intervals. So a gain above 1 may still be 'no gain shown'. Parameters
+are not matched, and a config may keep its variant to some layers, where the costs above are those
+of all.
 """.strip()
 
 
@@ -106,13 +113,7 @@ def ladder_part(found, names, where):
     beside = f"{first} ({parts})" if parts else first
     text = (
         f"Beside {beside} at {' and '.join(said)}; {seeds} seeds; each config at "
-        f"{f'its own {tune}' if tune else 'the same rates'}. Below 0 the variant has the lower "
-        f"loss. The gain is how many times the compute {first} needs for the same loss. Intervals "
-        f"of differences hold for all rows at once, those of gains for one row alone. The last "
-        f"column goes by the adjusted p of the differences, Holm's where spreads differ, which is "
-        f"a little sharper than the intervals. So a gain above 1 may still be 'no gain shown'. "
-        f"Parameters are not matched, and a config may keep its variant to some "
-        f"layers, where the costs above are those of all. [All of it]({where})."
+        f"{f'its own {tune}' if tune else 'the same rates'}. [All of it]({where})."
     )
     head, rows, shown = ["variant"], [], {}
     for size in sizes:

@@ -7,6 +7,7 @@ import gzip
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +124,9 @@ def refused(*words):
         yield
     text = str(error.value)
     assert "\n" not in text and all(str(word) in text for word in words), text
+
+
+def page_of(archive):
+    """The text of the document that shows a folder of experiments/."""
+    name = "SPEEDRUN.md" if archive.name.startswith("speedrun") else "EXPERIMENTS.md"
+    return (Path(__file__).parent.parent / name).read_text()

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from builders import run_main, write_jsonl
+from builders import page_of, run_main, write_jsonl
 from safetensors.numpy import save_file
 from scipy.stats import ttest_rel
 
@@ -434,8 +434,7 @@ def test_configs_that_see_other_tokens_are_refused_before_anything_runs(sweep, t
 def test_the_documents_say_what_the_results_hold(path):
     if path.with_name("command.txt").exists():
         pytest.skip("test_experiments.py makes it again from its logs")
-    document = "SPEEDRUN.md" if path.parent.name.startswith("speedrun") else "EXPERIMENTS.md"
-    lines = (ROOT / document).read_text().splitlines()
+    lines = page_of(path.parent).splitlines()
     found = json.loads(path.read_text())
     for name, row in found["configs"].items():
         losses = row["val_loss"]["seeds"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import run_main
+from builders import page_of, run_main
 
 import compare
 from nanoswitch.log import read_run
@@ -37,27 +37,27 @@ def test_tables_come_from_the_logs(folder, tmp_path, monkeypatch):
     assert run_main(compare.main, *argv[2:-1], out, "--report_only", "true") == 0
     text = (out / "results.md").read_text()
     assert text == (folder / "results.md").read_text()
-    document = "SPEEDRUN.md" if folder.name.startswith("speedrun") else "EXPERIMENTS.md"
-    page = (ROOT / document).read_text()
+    page = page_of(folder)
     assert f"{name}/" in page
     if "variants" in folder.parts:  # their tables are variants/README.md's, which has its own test
         return
     if "## The ladder" in text:
         ladder = text[text.index("## The ladder") :]
         table = ladder[ladder.index("| config |") :].split("\n\n")[0]
-        assert table in page, f"{document} has another table than {name}"
+        assert table in page, f"its document has another table than {name}"
         return
     for name, row in json.loads((out / "results.json").read_text())["configs"].items():
         diff, loss = row["diff"]["mean"], row["val_loss"]["mean"]
         shown = f"{loss:.4f} | " + ("-" if diff is None or not diff else f"{diff:+.4f}")
         line = f"| {name} | {row['parameters']:,} | {row['kv_bytes_per_token']:,} | {shown} |"
-        assert line in page, f"{document} has no {line}"
+        assert line in page, f"{name}'s document has no {line}"
 
 
 def test_the_losses_at_16m_are_the_logs():
-    page = (ROOT / "SPEEDRUN.md").read_text()
+    archive = ROOT / "experiments/speedrun_canon"
+    page = page_of(archive)
     page = page[page.index("**A tuned baseline at this batch") : page.index("**On a card, a sixth")]
-    folders = sorted((ROOT / "experiments/speedrun_canon").iterdir())
+    folders = sorted(archive.iterdir())
     assert len(folders) == page.count("0.54M |") + page.count("3.28M |") + page.count("0.82M |")
     for folder in folders:
         losses = [read_run(run).last("val_loss") for run in sorted(folder.iterdir())]
@@ -65,7 +65,7 @@ def test_the_losses_at_16m_are_the_logs():
         shown += f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
         assert f" {shown} |" in page or f"**{shown}** |" in page, folder
     (steps, losses), (last, best) = (
-        read_run(ROOT / "experiments/speedrun_canon" / name / "seed_1337").curve("val_loss")
+        read_run(archive / name / "seed_1337").curve("val_loss")
         for name in ("canon_16m", "baseline_16m")
     )
     sixth = losses[steps.index(66)]

@@ -336,6 +336,19 @@ def test_partial_rope_turns_the_first_pairs_only(part, turning):
             close(got[p, [i, i + 4]], torch.tensor([z.real, z.imag]))
 
 
+@pytest.mark.parametrize("rms, C", [(0.02, 32), (0.5, 48)])
+def test_scaled_sinusoidal_has_the_size_that_is_asked_for(rms, C):
+    config = tiny(n_embd=C, pos="scaled_sinusoidal", settings=f"scaled_sinusoidal.rms={rms}")
+    got = POSITIONS["scaled_sinusoidal"](config).embed(torch.arange(50))
+    for p, c in itertools.product((0, 1, 49), range(C)):
+        wave = math.cos if c % 2 else math.sin
+        wanted = rms * math.sqrt(2) * wave(p / 10000 ** (2 * (c // 2) / C))
+        assert got[p, c].item() == pytest.approx(wanted, abs=1e-5)
+    close(got.square().mean().sqrt(), torch.tensor(rms))
+    with refused("rms", "above 0"):
+        tiny(pos="scaled_sinusoidal", settings="scaled_sinusoidal.rms=0")
+
+
 def test_partial_rope_goes_with_layers_without_positions():
     config = tiny(n_layer=4, pos="partial_rope", pos_pattern="partial_rope,partial_rope,none")
     assert config.encodings == ["partial_rope", "partial_rope", "none", "partial_rope"]

@@ -8,7 +8,7 @@ arXiv 2510.05491):
 
 0.2 sqrt(max(m, n)) makes the update's size that of AdamW's (Liu et al. 2025). Without NorMuon this
 is torch.optim.Muon, whose state it takes over; matrices of one shape go through it together, which
-saves a GPU hundreds of small kernels.
+saves a GPU hundreds of small kernels. A stack (groups, m, n) is so many matrices.
 """
 
 import math
@@ -70,7 +70,7 @@ class Muon(torch.optim.Optimizer):
                     x = x.redistribute(params[0].device_mesh, params[0].placements)
                 if group["beta2"]:
                     x = self.normalized(x, params, group["beta2"])
-                for p, update in zip(params, apart(x), strict=True):
+                for p, update in zip(params, apart(x, params), strict=True):
                     apply(p, update, group)
 
     def moved(self, p, group):
@@ -85,7 +85,7 @@ class Muon(torch.optim.Optimizer):
         """x (..., m, n) with every row divided by its running size, and the norm that it had."""
         x = x.float()
         rows = x.square().mean(-1, keepdim=True)  # (..., m, 1)
-        for p, row in zip(params, apart(rows), strict=True):
+        for p, row in zip(params, apart(rows, params), strict=True):
             if "second_moment" not in self.state[p]:
                 self.state[p]["second_moment"] = torch.zeros_like(row)
             self.state[p]["second_moment"].lerp_(row, 1 - beta2)
@@ -95,30 +95,35 @@ class Muon(torch.optim.Optimizer):
         return y * (before / (now + 1e-10))
 
 
+def alone(p):
+    """Whether p goes through orthogonal() by itself: a stack, or one that fsdp has spread."""
+    return p.dim() == 3 or is_sharded(p)
+
+
 def together(matrices):
-    """[(m, n)] -> (how many, m, n); one that fsdp has spread over the ranks as it is."""
-    return matrices[0] if is_sharded(matrices[0]) else torch.stack(matrices)
+    """[(m, n)] -> (how many, m, n); one that goes alone as it is."""
+    return matrices[0] if alone(matrices[0]) else torch.stack(matrices)
 
 
-def apart(x):
-    return [x] if x.dim() == 2 else x.unbind()
+def apart(x, params):
+    return [x] if alone(params[0]) else x.unbind()
 
 
 def batches(params):
     """Parameters -> lists of those that go through orthogonal() together: of one shape, no more
-    than AT_ONCE numbers or one matrix, and one where fsdp has spread it over the ranks."""
+    than AT_ONCE numbers or one matrix."""
     shapes, made = {}, []
     for p in params:
         shapes.setdefault(p.shape, []).append(p)
     for of in shapes.values():
-        n = 1 if is_sharded(of[0]) else max(1, AT_ONCE // max(1, of[0].numel()))
+        n = 1 if alone(of[0]) else max(1, AT_ONCE // max(1, of[0].numel()))
         made += [of[i : i + n] for i in range(0, len(of), n)]
     return made
 
 
 def apply(p, update, group):
-    """The last line above, on what this rank holds of p (m, n)."""
-    rate = 0.2 * math.sqrt(max(p.shape)) * group["lr"]
+    """The last line above, on what this rank holds of p (..., m, n)."""
+    rate = 0.2 * math.sqrt(max(p.shape[-2:])) * group["lr"]
     if is_sharded(p):
         p, update = p.to_local(), update.to_local()
     decay(p, update, group["lr"] * group["weight_decay"], group["cautious"])

@@ -136,6 +136,8 @@ class GroupedLinear(nn.Module):
     """A matrix (n_in, n_out) for each of `groups` groups of rows. share: of all tokens, those that
     a group multiplies."""
 
+    stacks = ("weight",)
+
     def __init__(self, groups, n_in, n_out, share):
         super().__init__()
         self.weight, self.share = nn.Parameter(torch.zeros(groups, n_in, n_out)), share

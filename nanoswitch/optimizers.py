@@ -107,28 +107,38 @@ class CautiousAdamW(torch.optim.AdamW):
             muon.decay(p, update, rate * (1 - skipped), cautious=True)
 
 
-def beside_adamw(model, config, dtype, kind, flags, scale=1.0):
-    """An optimizer for the matrices inside the blocks, but for those that their modules spare;
-    AdamW for all else."""
+def stacks(model):
+    """The names of parameters (groups, m, n) that are many matrices, as their modules have them in
+    stacks."""
+    return {
+        f"{module}.{name}"
+        for module, part in model.named_modules()
+        for name in getattr(part, "stacks", ())
+    }
+
+
+def beside_adamw(model, config, dtype, kind, flags, scale=1.0, also=()):
+    """An optimizer for the matrices inside the blocks and the names in `also`, but for those that
+    their modules spare; AdamW for all else."""
     named, decayed = dict(model.named_parameters()), decays(model)
-    inside = [n for n in named if n.startswith("transformer.h.") and named[n].dim() == 2]
-    hidden = [n for n in inside if decayed[n]]
+    inside = [n for n in named if n.startswith("transformer.h.")]
+    hidden = [n for n in inside if decayed[n] and (named[n].dim() == 2 or n in also)]
     flags = flags | dict(weight_decay=config.weight_decay)
     own = (kind, [{"params": [named[n] for n in hidden]}], flags, scale)
     return [*adamw(model, config, dtype, without=hidden), own]
 
 
 def by_muon(model, config, dtype, beta2=0.0):
-    """Muon for the matrices inside the blocks, AdamW for all else: one rate can serve both. In a
-    run in fp32 Muon computes in fp32 too: in bf16 the last bit of a sum over ranks would be 1e-4
-    of the loss."""
+    """Muon for the matrices inside the blocks, stacks of them too, AdamW for all else: one rate can
+    serve both. In a run in fp32 Muon computes in fp32 too: in bf16 the last bit of a sum over ranks
+    would be 1e-4 of the loss."""
     flags = dict(
         momentum=config.muon_momentum, coefficients=config.muon_coefficients, beta2=beta2,
         cautious=config.cautious_decay,
         dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16,
     )  # fmt: skip
     scale = config.muon_lr / config.lr if config.muon_lr else 1.0
-    return beside_adamw(model, config, dtype, muon.Muon, flags, scale)
+    return beside_adamw(model, config, dtype, muon.Muon, flags, scale, also=stacks(model))
 
 
 def by_normuon(model, config, dtype):

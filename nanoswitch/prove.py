@@ -328,7 +328,8 @@ def rank_flags(folder, run, mode, choice):
     return GPTConfig(**model), TrainConfig(
         data_dir=str(folder), run_dir=str(run), device="cpu", dtype="float32", compile="false",
         parallel=mode, total_batch_tokens=64, max_steps=4, warmup_steps=1, checkpoint_every=2,
-        keep_checkpoints=0, eval_every=4, val_tokens=32, sample_every=0, lr=0.01, curve=False,
+        keep_checkpoints=0, eval_every=4, val_tokens=32, sample_every=0, curve=False,
+        optimizer="muon", lr=0.01,  # AdamW too, for the rest
     )  # fmt: skip
 
 

@@ -107,6 +107,22 @@ def test_in_fp32_muon_is_torchs_with_the_exact_matrix(monkeypatch):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
+def test_muon_takes_each_matrix_of_a_stack_as_torch_takes_it_alone():
+    (stack,) = parameters(shapes=[(3, 8, 24)])
+    alone = [torch.nn.Parameter(matrix) for matrix in stack.detach().clone()]
+    mine = muon.Muon([stack], lr=1e-2, weight_decay=0.3)
+    torchs = torch.optim.Muon(alone, lr=1e-2, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        before = stack.detach().clone()
+        gradients(step, [stack])
+        for p, grad in zip(alone, stack.grad, strict=True):
+            p.grad = grad.clone()
+        mine.step()
+        torchs.step()
+        for p, q, was in zip(stack, alone, before, strict=True):
+            assert (p - q).norm() < 1e-3 * (p - was).norm()
+
+
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("beta2", [0.0, 0.9])
 def test_normuon_and_cautious_decay_are_their_formulas(beta2, cautious):
@@ -185,6 +201,22 @@ def test_it_updates_the_matrices_of_the_blocks_and_adamw_the_rest():
             kind = "Muon" if hidden else "CautiousAdamW" if cautious else "AdamW"
             rate = pytest.approx(2e-2 if hidden else 1e-3)
             assert kinds[id(p)] == (kind, 0.3 * (p.dim() == 2), rate)
+
+
+def test_experts_are_matrices_for_muon_and_soap_leaves_them_to_adamw():
+    model = GPT(GPTConfig(vocab_size=64, vocab_used=64, n_layer=1, n_head=2, n_embd=16, mlp="moe"))
+    experts = [model.transformer.h[0].mlp.c_fc.weight, model.transformer.h[0].mlp.c_proj.weight]
+    assert [w.dim() for w in experts] == [3, 3]
+    for name, kind in (("muon", "Muon"), ("soap", "AdamW")):
+        if name == "soap":
+            pytest.importorskip("pytorch_optimizer")
+        found = {
+            id(p): (type(optimizer).__name__, group.get("weight_decay"))
+            for optimizer in optimizers.make_optimizers(model, t.TrainConfig(optimizer=name))
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        assert [found[id(w)] for w in experts] == [(kind, 0.1)] * 2
 
 
 def test_a_matrix_moves_by_an_orthogonal_one_of_adamws_size():

@@ -10,9 +10,8 @@ loss (Wang et al. 2024, 2408.15664). Of E experts a token meets `active`, and `s
 It buys parameters without FLOPs: mlp_hidden is the width that a token meets, divided among active +
 shared experts. b chooses, and weighs nothing. The loads are the whole batch's, over all ranks and
 micro-batches: they travel as b's gradient, whose sign the optimizer takes; `rate` follows lr's
-schedule. Pitfalls: every rank holds all experts; Muon leaves the experts to AdamW; a rounding can
-send a token to other experts, so bf16 differs from fp32 by more than elsewhere; the experts run one
-by one, except on CUDA in bf16.
+schedule. Pitfalls: every rank holds all experts; a rounding can send a token to other experts, so
+bf16 differs from fp32 by more than elsewhere; the experts run one by one, except on CUDA in bf16.
 """
 
 import copy

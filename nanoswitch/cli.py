@@ -69,7 +69,7 @@ def parse(*classes, argv=None, description=None, configs=False):
                 target,
                 args=["--help"] if asks_help else args + positional,
                 description=description or sys.modules["__main__"].__doc__,
-                config=(tyro.conf.FlagConversionOff,),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.HelptextFromCommentsOff),
                 use_underscores=True,
             )
     except SystemExit as stop:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import tyro
 
 from nanoswitch import cli
 from nanoswitch.files import python_path
@@ -94,6 +95,17 @@ def refused(capsys, *argv, classes=(Model, Train), configs=True):
 def toml(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     return str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "own", [[], ["--compile=True"], ["--top_k=5"], ["--run_dir="], ["--lr=-.5"], ["--run_dir=None"]]
+)
+def test_flags_are_read_as_tyro_reads_them(own):
+    """Beside config files tyro is asked for help, and for kinds such as int | None, alone."""
+    of_model, of_train = ["--n_layer=6", "--n_head=03", "--pos=rope"], ["--lr=2E-4", *own]
+    flags = dict(config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    want = tyro.cli(Model, args=of_model, **flags), tyro.cli(Train, args=of_train, **flags)
+    assert parse(*of_model, *of_train) == want
 
 
 # ----------------------------------------------------------------------------- who wins

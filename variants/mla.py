@@ -7,11 +7,9 @@ as in V2-Lite). Of a token's normed input x (C,), and for each head:
     k = [c U_k, k^R]    v = c U_v   q = [x W_q, rope(x W_r)]   scores q . k / sqrt(hs + rope)
 
 It buys a small cache: latent + rope numbers a token and layer, by default 4.5 hs; plain attention
-keeps 2 nh hs. Short pieces on a cache, such as a decoded token, need no keys and values: U_k moves
-into the queries, U_v behind the sum, and the heads attend to the latents themselves. Pitfalls: that
-takes about four times the multiply-adds of plain attention; only the rope part turns, by every
-(hs / rope)-th angle of the encoding, for --pos rope the paper's angles; n_kv_head and qk_norm are
-refused. `--settings mla.latent=256,mla.rope=32`.
+keeps 2 nh hs. A decoded token needs no keys and values: U_k moves into its queries, U_v behind the
+sum. Pitfalls: that takes about four times the multiply-adds of plain attention; only the rope part
+turns, by every (hs / rope)-th angle of the encoding. `--settings mla.latent=256,mla.rope=32`.
 """
 
 import torch
@@ -32,7 +30,7 @@ class MLA(Attention):
         self.widths = self.nh * (self.hs + self.rope), self.latent, self.rope  # of q, c, k^R
         self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=False)
         self.norm = HeadNorm(self.latent, config.norm_eps, 1)
-        self.up = nn.Linear(self.latent, self.nh * 2 * self.hs, bias=False)  # U_k, U_v of each head
+        self.up = nn.Linear(self.latent, self.nh * 2 * self.hs, bias=False)  # U_k, U_v by head
 
     @staticmethod
     def check(config):
@@ -56,8 +54,7 @@ class MLA(Attention):
             k_rope = rotate(k_rope, *own)
         if cache is not None:
             c, k_rope = cache.update(c, k_rope)  # (B, 1, Tk, ..)
-        short = cache is not None and x.size(1) <= self.hs
-        attend = self.on_latents if short else self.on_heads
+        attend = self.on_latents if cache and x.size(1) <= self.hs else self.on_heads
         return self.project(attend(q, c, k_rope, mask), x, carry)
 
     def on_heads(self, q, c, k_rope, mask):

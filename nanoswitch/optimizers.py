@@ -16,15 +16,20 @@ from nanoswitch.device import is_sharded
 from nanoswitch.soap import soap_class
 
 
+def listed(model, attribute):
+    """The names of the parameters that their modules list in an attribute, such as no_decay."""
+    return {
+        f"{module}.{name}"
+        for module, part in model.named_modules()
+        for name in getattr(part, attribute, ())
+    }
+
+
 def decays(model):
     """{name of a parameter: whether weight decay pulls on it}: matrices, but for those that their
     module lists in no_decay; norms, biases and other vectors never."""
-    result = {}
-    for name, p in model.named_parameters():
-        module, _, own = name.rpartition(".")
-        spared = getattr(model.get_submodule(module), "no_decay", ())
-        result[name] = p.dim() >= 2 and own not in spared
-    return result
+    spared = listed(model, "no_decay")
+    return {n: p.dim() >= 2 and n not in spared for n, p in model.named_parameters()}
 
 
 def groups_by_decay(model, config, without=()):
@@ -107,16 +112,6 @@ class CautiousAdamW(torch.optim.AdamW):
             muon.decay(p, update, rate * (1 - skipped), cautious=True)
 
 
-def stacks(model):
-    """The names of parameters (groups, m, n) that are many matrices, as their modules have them in
-    stacks."""
-    return {
-        f"{module}.{name}"
-        for module, part in model.named_modules()
-        for name in getattr(part, "stacks", ())
-    }
-
-
 def beside_adamw(model, config, dtype, kind, flags, scale=1.0, also=()):
     """An optimizer for the matrices inside the blocks and the names in `also`, but for those that
     their modules spare; AdamW for all else."""
@@ -138,7 +133,7 @@ def by_muon(model, config, dtype, beta2=0.0):
         dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16,
     )  # fmt: skip
     scale = config.muon_lr / config.lr if config.muon_lr else 1.0
-    return beside_adamw(model, config, dtype, muon.Muon, flags, scale, also=stacks(model))
+    return beside_adamw(model, config, dtype, muon.Muon, flags, scale, also=listed(model, "stacks"))
 
 
 def by_normuon(model, config, dtype):

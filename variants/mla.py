@@ -54,7 +54,7 @@ class MLA(Attention):
             k_rope = rotate(k_rope, *own)
         if cache is not None:
             c, k_rope = cache.update(c, k_rope)  # (B, 1, Tk, ..)
-        attend = self.on_latents if cache and x.size(1) <= self.hs else self.on_heads
+        attend = self.on_latents if cache is not None and x.size(1) <= self.hs else self.on_heads
         return self.project(attend(q, c, k_rope, mask), x, carry)
 
     def on_heads(self, q, c, k_rope, mask):

@@ -430,12 +430,11 @@ def about_noise(found):
 
 def cells(name, row, is_first, leads):
     diff, score = row["diff"], row["hellaswag"]
-    change, p, adjusted, least = "-", "-", "-", "-"
+    change, least = "-", "-"
     if diff["mean"] is not None:
         change = f"{diff['mean']:+.4f}"
     if diff["p"] is not None:
         change += f" [{diff['ci95'][0]:+.4f}, {diff['ci95'][1]:+.4f}]"
-        p, adjusted = f"{diff['p']:.2g}", f"{diff['p_adjusted']:.2g}"
         least = f"{diff['least_effect']:.4f}"
     reached = row["reaches_first"]
     after = f"{short(reached['tokens'])} tokens, {clock(reached['s'])}" if reached else "not yet"
@@ -444,7 +443,8 @@ def cells(name, row, is_first, leads):
         f"{row['kv_bytes_per_token']:,}", f"{row['tok_per_s']:,.0f}" if row["tok_per_s"] else "-",
         f"{row['peak_memory_bytes'] / 1e9:.2f} GB" if row["peak_memory_bytes"] else "-",
         short(row["tokens"]), *(mean_and_sd(row[key]) for key in leads),
-        change, p, adjusted, least, "-" if is_first else verdict(diff),
+        change, *map(stats.p_text, (diff["p"], diff["p_adjusted"])), least,
+        "-" if is_first else verdict(diff),
         *hellaswag_cells(score),
         clock(row["wall_s"]), "-" if is_first else after,
     ]  # fmt: skip

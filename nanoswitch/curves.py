@@ -142,6 +142,8 @@ def draw_ladder(found, path):
             fit = {key: curves[name]["fit"][key]["mean"] for key in ("E", "A", "alpha")}
             x = np.geomspace(compute.min(), compute.max(), 100)
             left.plot(x, fit["E"] + fit["A"] * x ** -fit["alpha"], color=color, lw=1)
+        else:
+            left.plot(compute, mean, color=color, lw=1, ls=":")
         gains = (curves.get(name) or {}).get("equal_flops")
         known = [one for one in gains["gain"] if one["mean"]] if gains else []
         if known:
@@ -169,7 +171,10 @@ def draw_ladder(found, path):
     right.set_yticks([x for x in ticks if bottom < x < top])
     right.yaxis.set_major_formatter("{x:g}")
     right.minorticks_off()
-    right.set_visible(bool(curves))
+    if not curves:
+        right.remove()
+        left.set_subplotspec(figure.add_gridspec(1, 1)[0])
+        figure.set_size_inches(5.5, 4)
     left.legend(fontsize=8)
     save(figure, path)
 

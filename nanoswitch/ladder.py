@@ -22,6 +22,7 @@ from nanoswitch import cli
 from nanoswitch.counts import num_params
 from nanoswitch.log import LOSSES
 from nanoswitch.progress import markdown, short
+from nanoswitch.stats import p_text
 from nanoswitch.study import Study, flat, model_of, name_of, read_entries
 from nanoswitch.tune import FLAT
 from train_gpt2 import TrainConfig
@@ -324,15 +325,12 @@ class Ladder:
             return
         smallest, *larger = self.studies
         smallest.search()
-        if not smallest.tuned:
-            return
-        rates = {
-            name: {key: entry.flags[key] for key in RATES}
-            for name, (entry, _) in smallest.tuned.items()
-        }
+        best = {name: one.result()["best"] for name, one in smallest.searches.items()}
+        rates = {name: {self.tune: rate} for name, rate in best.items() if rate is not None}
         larger = [self.study(width, rates) for width in self.rule.widths[1:]]
         self.studies = [smallest, *larger]
-        larger[0].search()
+        if self.ready:
+            larger[0].search()
 
     def all_jobs(self):
         return self.jobs()
@@ -455,7 +453,7 @@ def tables(found):
     metric = sizes[0]["results"]["metric"]
     unit, rate = LOSSES[metric], rule.get("tune") or "lr"
     head = ["config", "n_embd", "parameters", "tokens", "FLOPs", rate, unit, "difference",
-            "verdict", "gain at equal FLOPs", "gain at equal tokens"]  # fmt: skip
+            "p adjusted", "verdict", "gain at equal FLOPs", "gain at equal tokens"]  # fmt: skip
     rows = []
     for i, size in enumerate(sizes):
         for name, row in size["results"]["configs"].items():
@@ -469,7 +467,7 @@ def tables(found):
                 name, str(size["n_embd"]), f"{row['parameters']:,}", short(row["tokens"]),
                 f"{row['flops_per_token'] * row['tokens']:.2e}", f"{row[rate]:g}",
                 f"{row[metric]['mean']:.4f}" + (f" ± {spread:.4f}" if spread is not None else ""),
-                *(["-"] * 2 if is_first else [change, says]),
+                *(["-"] * 3 if is_first else [change, p_text(diff["p_adjusted"]), says]),
                 *(gain_text(way["gain"][i]) if way else "-" for way in ways),
             ])  # fmt: skip
     first = sizes[0]["results"]["first"]
@@ -482,7 +480,7 @@ def tables(found):
         " equal FLOPs of the row's own count, at equal tokens of the first's. Intervals hold the "
         "noise of seeds, drawn anew, and not that of the curve's form; a gain beyond the largest "
         "size is extrapolated.",
-        "Verdicts are those of each size's own table.",
+        "Adjusted p and verdicts are those of each size's own table, among its rows.",
     ]
     if absent := set(rule["widths"]) - {size["n_embd"] for size in sizes}:
         listed = ", ".join(map(str, sorted(absent)))

@@ -182,6 +182,11 @@ def noise(losses):
     return sigma, df, len(groups) < 2 or bool(bartlett(*groups).pvalue >= UNEQUAL)
 
 
+def p_text(p):
+    """A p-value for a table. Below 0.001 digits tell nothing more, and the last are rounding."""
+    return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.2g}"
+
+
 def holm(p):
     """p-values (n,) -> Holm's adjusted ones."""
     order, adjusted, highest = np.argsort(p), np.empty(len(p)), 0.0

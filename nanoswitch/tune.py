@@ -72,25 +72,27 @@ def loss_of(job):
 
 
 def search(searches, train):
-    """Do the searches {name: Search} side by side. train([Job]) trains what is not done."""
+    """Do the searches {name: Search} side by side, each as far as it comes. train([Job]) trains
+    what is not done."""
+    tried = set()  # what failed is not trained again, and does not hold up the other searches
     while True:
-        jobs = []
+        jobs, known = [], 0
         for one in searches.values():
             for place in one.wanted():
                 value = one.value(place)
                 job = one.job(value) if value > 0 else None
                 if job is None:
                     one.losses[place] = math.inf
+                    known += 1
                 else:
                     jobs.append((one, place, job))
-        if not jobs:
-            if any(one.wanted() for one in searches.values()):
-                continue  # all that was wanted cannot be
-            return
-        if todo := [job for _, _, job in jobs if loss_of(job) is None]:
+        todo = [job for *_, job in jobs if loss_of(job) is None and job.folder not in tried]
+        tried |= {job.folder for job in todo}
+        if todo:
             train(todo)
         for one, place, job in jobs:
             if (loss := loss_of(job)) is not None:
                 one.losses[place] = loss
-        if any(loss_of(job) is None for _, _, job in jobs):
-            return  # not finished: the same command continues
+                known += 1
+        if not known:
+            return  # all done, or the same command continues

@@ -235,6 +235,10 @@ def test_every_config_is_trained_at_every_size_by_the_rule(climb, tmp_path):
     assert [one["factor"] for one in checks(found)] == [1, 1]
     text = (tmp_path / "out" / "results.md").read_text()
     assert "## The ladder" in text and "| b | 64 |" in text and "| b | undecided |" in text
+    diff = found["ladder"]["sizes"][-1]["results"]["configs"]["b"]["diff"]
+    assert diff["p_adjusted"] < 0.001 and diff["verdict"] == "better"
+    shown = f"| {diff['mean']:+.4f} | <0.001 | better |"
+    assert shown in next(line for line in text.splitlines() if line.startswith("| b | 64 |"))
     assert "Does it last?" in (tmp_path / "out" / "report.html").read_text()
     assert "b is worth" in done.stdout
 
@@ -351,6 +355,14 @@ def test_a_plan_of_a_ladder_trains_nothing(climb, tmp_path):
         tokens / 1e6, rel=0.01
     )
     assert all(f"n_embd {w}: " in done.stdout for w in WIDTHS)
+
+
+def test_a_plan_counts_what_is_finished_where_a_config_is_added(climb, tmp_path):
+    """b has a rate of its own, which its runs at the larger sizes follow."""
+    climb(names="b")
+    done, _ = climb("--plan", names="ba")
+    finished = len(list(tmp_path.glob("out/n_embd_*/runs/b/seed_*/log.jsonl")))
+    assert finished and f", {finished} of them finished" in done.stdout
 
 
 @pytest.mark.parametrize(

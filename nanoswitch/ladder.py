@@ -186,7 +186,7 @@ RATES = ("lr", "muon_lr")  # what follows the width
 @dataclass
 class Rule:
     """A ladder file: these keys, and flags of train_gpt2.py, which hold for every run unless its
-    config or the command line has them."""
+    config or the command line has them. `base = "FILE"` takes the keys of another one first."""
 
     widths: list
     """n_embd of each size, from the smallest; three or more"""
@@ -239,27 +239,40 @@ class Rule:
 DECIDED = {"n_layer", "n_head", "n_embd", "max_steps", "warmup_steps"}  # by the rule
 
 
-def read_rule(path):
-    """A ladder file -> its Rule; one line for what is wrong with it."""
+KINDS = {f.name: type(f.default) for f in dataclasses.fields(Rule) if f.name != "flags"}
+
+
+def read_table(path, above=()):
+    """A ladder file -> its keys, on top of those of its `base`, a file beside it; one line for what
+    is wrong with them."""
     table = cli.load_toml(path)
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(Rule) if f.name != "flags"}
+    base, above = table.pop("base", ""), (*above, Path(path).resolve())
+    beside = Path(path).parent / str(base)
+    if not isinstance(base, str) or (base and beside.resolve() in above):
+        raise ValueError(f"{path}: base is {base!r}; it must name another ladder file beside it")
     flags = {f.name for c in (GPTConfig, TrainConfig) for f in dataclasses.fields(c)}
     for name, value in table.items():
-        cli.check_name(f"{path}: {name}", name, kinds.keys() | flags)
+        cli.check_name(f"{path}: {name}", name, {*KINDS, *flags, "base"})
         check_free(f"{path}: {name}", name)
-        number = kinds.get(name) in (int, float)
+        number = KINDS.get(name) in (int, float)
         if number and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{path}: {name} is {value!r}; it must be a number")
-        if kinds.get(name) is int and not isinstance(value, int):
+        if KINDS.get(name) is int and not isinstance(value, int):
             raise ValueError(f"{path}: {name} is {value!r}; it must be a whole number")
         if name == "tune" and not isinstance(value, str):
             raise ValueError(f"{path}: {name} is {value!r}; it must be a text")
-        if name not in kinds and isinstance(value, list | dict):
+        if name not in KINDS and isinstance(value, list | dict):
             raise ValueError(f"{path}: {name} must be one value")
+    return (read_table(beside, above) if base else {}) | table
+
+
+def read_rule(path):
+    """A ladder file -> its Rule."""
+    table = read_table(path)
     if "widths" not in table:
         raise ValueError(f"{path} has no widths, such as widths = [96, 128, 192]")
-    own = {name: value for name, value in table.items() if name in kinds}
-    held = {name: cli.as_flag(value) for name, value in table.items() if name not in kinds}
+    own = {name: value for name, value in table.items() if name in KINDS}
+    held = {name: cli.as_flag(value) for name, value in table.items() if name not in KINDS}
     try:
         return Rule(**own, flags=held)
     except (ValueError, TypeError) as error:

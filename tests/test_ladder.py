@@ -344,6 +344,13 @@ def test_the_ladders_that_come_with_it(path):
     assert [size / 1e6 for size in sizes] == pytest.approx(said, rel=0.01)
 
 
+def test_a_ladder_file_may_build_on_another(tmp_path):
+    (tmp_path / "small.toml").write_text("widths = [16, 32, 64]\nheads = 4\nlr = 0.01\n")
+    (tmp_path / "more.toml").write_text('base = "small.toml"\nwidths = [16, 32, 48]\nlr = 0.02\n')
+    rule = ladder.read_rule(tmp_path / "more.toml")
+    assert (rule.widths, rule.heads, rule.flags) == ([16, 32, 48], 4, {"lr": "0.02"})
+
+
 def test_a_plan_of_a_ladder_trains_nothing(climb, tmp_path):
     done, trainer = climb("--plan", "--sd", 0.01)
     assert not trainer.trained and not (tmp_path / "out").exists()
@@ -380,6 +387,9 @@ def test_a_plan_counts_what_is_finished_where_a_config_is_added(climb, tmp_path)
         ({"widths": "[0, 16, 32]"}, [], "three or more, rising"),
         ({"tokens_per_parameter": '"ten"'}, [], "is 'ten'; it must be a number"),
         ({"tune": 3}, [], "tune is 3; it must be a text"),
+        ({"base": 3}, [], "base is 3; it must name another ladder file"),
+        ({"base": '"rule.toml"'}, [], "it must name another ladder file"),
+        ({"base": '"none.toml"'}, [], "cannot read config"),
         ({}, ["--n_embd", 8], "--n_embd follows from the ladder"),
         ({}, ["--resolve", 0.1], "leave --resolve"),
         ({}, ["--report_only"], "not finished"),

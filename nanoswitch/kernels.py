@@ -92,6 +92,8 @@ def sdpa(q, k, v, mask, dropout, kernels=None):
         return sdpa_in_chunks(q, k, v, mask, dropout, kernels)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
+    if mask is not None and mask.dim() == 3:
+        mask = mask[None]  # of three dimensions torch's fused CPU kernel takes none
     if mask is not None and q.is_cuda:
         kernels = kernels or MASKED
     with sdpa_kernel(kernels) if kernels else contextlib.nullcontext():

@@ -42,6 +42,17 @@ def test_such_chunks_attend_to_the_same_keys(monkeypatch):
         torch.testing.assert_close(kernels.sdpa(q, k, v, masks, 0.0), want)
 
 
+def test_a_bias_of_heads_does_not_take_torchs_math_kernel():
+    """Allowed the flash kernel alone, torch refuses what would have gone to the other."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 40, 8) for _ in range(3))
+    seen = torch.ones(40, 40, dtype=torch.bool).tril()
+    mask = torch.randn(4, 40, 40).masked_fill(~seen, -math.inf)  # (nh, Tq, Tk)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(8) + mask
+    got = kernels.sdpa(q, k, v, mask, 0.0, [kernels.SDPBackend.FLASH_ATTENTION])
+    torch.testing.assert_close(got, scores.softmax(-1) @ v)
+
+
 @pytest.mark.parametrize("T", [1, 127, 128, 300, 1024])
 @pytest.mark.parametrize("window", [0, 1, 5, 128, 200, 600])
 @pytest.mark.parametrize("documents", [0, 2, 40])

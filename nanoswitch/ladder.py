@@ -3,9 +3,11 @@
     L(C) = E + A C^-alpha                        (Hestness et al. 2017; Kaplan et al. 2020)
 
 Compute-equivalent gain of a row: how many times its compute C the first config needs for the row's
-loss, by the first one's fit. At equal FLOPs, C is the row's own count; at equal tokens, that of the
-first at the same size, as if their tokens cost the same. The noise is that of seeds: they are drawn
-anew with replacement, the same ones for all configs and sizes, and everything is fitted again
+loss, by the first one's fit. A fit to more than three sizes misses each by a little. That is taken
+off, in proportion between the sizes, so that the curve goes through them all and a config like the
+first has a gain of 1. At equal FLOPs, C is the row's own count; at equal tokens, that of the first
+at the same size, as if their tokens cost the same. The noise is that of seeds: they are drawn anew
+with replacement, the same ones for all configs and sizes, and everything is fitted again
 (bootstrap, Efron 1979). n seeds show a variance too small by (n - 1) / n, which is made good. Three
 have only ten different draws, whose extremes are no 95% interval: all intervals are the central 68%
 of the draws, widened by Student's t of n - 1 degrees of freedom.
@@ -71,6 +73,16 @@ def compute_for(loss, curve):
     above = np.maximum(loss - E, 0)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         return np.where(above > 0, (np.maximum(above, 1e-300) / A) ** (-1 / alpha), np.inf)
+
+
+def missed(loss, compute, first, curve):
+    """log compute by which curves (draws, 3) miss those of the first's losses (draws, sizes), at
+    the losses (draws, n): between the sizes on straight lines, beyond them as at the last."""
+    own = compute_for(first, curve)
+    miss = np.where(np.isfinite(own) & (own > 0), np.log(compute / np.maximum(own, 1e-300)), 0.0)
+    order = np.argsort(first, axis=1)  # np.interp wants rising ones
+    first, miss = (np.take_along_axis(x, order, axis=1) for x in (first, miss))
+    return np.stack([np.interp(*each) for each in zip(loss, first, miss, strict=True)])
 
 
 def redrawn(losses, seeds, draws, rng):
@@ -152,6 +164,7 @@ def ladder(losses, draws=DRAWS, seed=0):
         found[name] = {"fit": numbers, "equal_flops": None, "equal_tokens": None}
         if name != first:
             needed = compute_for(means[name], reference)  # (1 + draws, sizes)
+            needed *= np.exp(missed(means[name], its, means[first], reference))
             for way, spent in (("equal_flops", compute), ("equal_tokens", its[: len(compute)])):
                 found[name][way] = gains(compute, needed / spent, len(seeds))
     return found
@@ -489,10 +502,10 @@ def tables(found):
         f"One rule for all sizes: n_layer = n_embd / {rule['width_per_layer']:g}, n_head = "
         f"{heads}, {rule['tokens_per_parameter']:g} tokens for each of {first}'s "
         f"parameters, rates with n_embd to the power {rule['rate_power']:g}. The gain is "
-        f"how many times the compute {first} needs for the same loss, by its fit E + A C^-alpha: at"
-        " equal FLOPs of the row's own count, at equal tokens of the first's. Intervals hold the "
-        "noise of seeds, drawn anew, and not that of the curve's form; a gain beyond the largest "
-        "size is extrapolated.",
+        f"how many times the compute {first} needs for the same loss, by its fit E + A C^-alpha, "
+        "led through all its sizes: at equal FLOPs of the row's own count, at equal tokens of the "
+        "first's. Intervals hold the noise of seeds, drawn anew, and not that of the curve's form; "
+        "a gain beyond the largest size is extrapolated.",
         "Adjusted p and verdicts are those of each size's own table, among its rows.",
     ]
     if absent := set(rule["widths"]) - {size["n_embd"] for size in sizes}:

@@ -109,6 +109,18 @@ def test_a_seed_that_lowers_all_alike_is_no_noise():
         assert one["ci95"] == pytest.approx([1, 1], rel=1e-3)
 
 
+def test_gains_do_not_depend_on_the_curves_form():
+    """The first config's losses follow no power law, and the row has them after half the compute:
+    that its loss is that of a larger size of the first's says so without any curve."""
+    bent = dict(zip(COMPUTE, (5.0, 4.6, 4.5, 3.9), strict=True))
+    first = {c: {0: loss, 1: loss} for c, loss in bent.items()}
+    ahead = {c / 2: of for c, of in first.items()}
+    found = ladder.ladder({"first": first, "same": first, "ahead": ahead}, draws=20)
+    for name, gain in (("same", 1), ("ahead", 2)):
+        means = [one["mean"] for one in found[name]["equal_flops"]["gain"]]
+        assert means == pytest.approx([gain] * 4, rel=1e-6), name
+
+
 def test_what_no_compute_reaches_is_none_and_json():
     losses = {"first": made(lambda c: 1), "row": {c: {0: 1.0, 1: 1.0, 2: 1.0} for c in COMPUTE}}
     found = ladder.ladder(losses, draws=20)

@@ -420,7 +420,8 @@ def show_plan(config, parts):
         f"time      {clock(all_flops / rate)} or more: computed, {all_flops:.3g} FLOPs at the "
         f"{rate / 1e12:.2f} TFLOP/s of {source}"
     )
-    study = parts[-1][1]
+    most = len(parts[0][1].entries)  # a ladder's others may stop below the first
+    study = [study for _, study, *_ in parts if len(study.entries) == most][-1]
     effect, how, sd = resolved(config, study)
     print(f"resolves  {effect}{how}")
     rows = len(study.entries) - 1

@@ -376,6 +376,13 @@ def test_a_plan_of_a_ladder_trains_nothing(climb, tmp_path):
     assert all(f"n_embd {w}: " in done.stdout for w in WIDTHS)
 
 
+def test_a_plan_resolves_what_the_largest_size_of_all_configs_does(climb):
+    done, _ = climb("--plan", "--sd", 0.01, others=2)
+    size = next(line for line in done.stdout.splitlines() if f"n_embd {WIDTHS[1]}: " in line)
+    effect = size.split("resolves ")[1]
+    assert effect != "nothing" and f"resolves  {effect} in 8 cases of 10" in done.stdout
+
+
 def test_a_plan_counts_what_is_finished_where_a_config_is_added(climb, tmp_path):
     """b has a rate of its own, which its runs at the larger sizes follow."""
     climb(names="b")

@@ -90,12 +90,12 @@ def sdpa(q, k, v, mask, dropout, kernels=None):
         grouped, k, v = False, repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if isinstance(mask, list):
         return sdpa_in_chunks(q, k, v, mask, dropout, kernels)
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
-    if mask is not None and mask.dim() == 3:
-        mask = mask[None]  # of three dimensions torch's fused CPU kernel takes none
-    if mask is not None and q.is_cuda:
-        kernels = kernels or MASKED
+    if mask is not None:
+        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        if mask.dim() == 3:
+            mask = mask[None]  # torch's fused CPU kernel takes two dimensions or four
+        if q.is_cuda:
+            kernels = kernels or MASKED
     with sdpa_kernel(kernels) if kernels else contextlib.nullcontext():
         if mask is None and q.size(2) == 1:  # a branch: torch.compile takes no symbol as is_causal
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, enable_gqa=grouped)

@@ -76,8 +76,9 @@ def compute_for(loss, curve):
 
 
 def missed(loss, compute, first, curve):
-    """log compute by which curves (draws, 3) miss those of the first's losses (draws, sizes), at
-    the losses (draws, n): between the sizes on straight lines, beyond them as at the last."""
+    """How far curves (draws, 3) are from the first config, at the losses (draws, n): the log of the
+    compute (sizes,) that it took over that of the curve. Known at its own losses (draws, sizes);
+    between them on straight lines, beyond them as at the last."""
     own = compute_for(first, curve)
     miss = np.where(np.isfinite(own) & (own > 0), np.log(compute / np.maximum(own, 1e-300)), 0.0)
     order = np.argsort(first, axis=1)  # np.interp wants rising ones

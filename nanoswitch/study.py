@@ -421,7 +421,7 @@ def show_plan(config, parts):
         f"{rate / 1e12:.2f} TFLOP/s of {source}"
     )
     most = len(parts[0][1].entries)  # a ladder's others may stop below the first
-    study = [study for _, study, *_ in parts if len(study.entries) == most][-1]
+    study = next(study for _, study, *_ in reversed(parts) if len(study.entries) == most)
     effect, how, sd = resolved(config, study)
     print(f"resolves  {effect}{how}")
     rows = len(study.entries) - 1
